@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pruning plan: what is kept, decided once, never changed.
+
+A plan is the only thing that passes from the strategies (which decide) to the surgery (which executes). It speaks of
+what is *kept*: for every block of the result, the original block its attention half and its MLP half come from. In
+this version the two are always the same block. A plan reads and writes no weights itself; `apply` and
+`apply_to_checkpoint` hand it to `surgery` and `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import PlanError
+
+
+PLAN_FILE = "pruning_plan.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """Where one block of the result comes from: original block indices of its two halves."""
+
+    attention: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """An immutable, validated list of what to keep, with the reasons.
+
+    Attributes:
+        model_type: `config.model_type` of the text decoder that the plan was made for.
+        num_blocks: Number of blocks before pruning.
+        blocks: One `BlockSource` per block of the result, in order.
+        removed_blocks: Original indices of the removed blocks, in the order of removal.
+        strategy: Name of the strategy that chose them; `"manual"` if the user did.
+        base_model: Repo id or path of the dense model, if known.
+        requested: The budget as it was asked for, e.g. `{"sparsity": 0.25}`.
+        steps: One entry per decision, in order; its keys belong to the strategy (SLEB: `block`, `loss`, `candidates`).
+        details: Further figures of the strategy (estimator, violation rates, ...).
+        calibration: Source, fingerprint, windows and tokens of the calibration set; `None` if no data was used.
+        options: The options of the strategy as used.
+        seed: Seed of the choice.
+        versions: Versions of the packages that made the plan.
+
+    Raises:
+        PlanError: When the parts contradict each other.
+    """
+
+    model_type: str
+    num_blocks: int
+    blocks: tuple[BlockSource, ...]
+    removed_blocks: tuple[int, ...]
+    strategy: str = "manual"
+    base_model: str | None = None
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[Mapping[str, Any], ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Original indices of the blocks that stay, ascending."""
+        return tuple(source.attention for source in self.blocks)
+
+    @classmethod
+    def from_removed(cls, model_type: str, num_blocks: int, removed: Iterable[int], **provenance: Any) -> PruningPlan:
+        """Builds the plan that removes whole blocks `removed` (original indices, in the order of removal)."""
+        order = tuple(removed)
+        for block in order:
+            if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < num_blocks:
+                raise PlanError(f"Block {block!r} does not exist: this model has blocks 0 to {num_blocks - 1}.")
+        gone = set(order)
+        blocks = tuple(BlockSource(index, index) for index in range(num_blocks) if index not in gone)
+        return cls(model_type=model_type, num_blocks=num_blocks, blocks=blocks, removed_blocks=order, **provenance)
+
+    @classmethod
+    def from_blocks(cls, model_or_config: Any, removed: Iterable[int]) -> PruningPlan:
+        """Builds a plan for blocks that the user names, without data and without a search.
+
+        Args:
+            model_or_config: A loaded model, or its configuration.
+            removed: Original indices of the blocks to remove; the order is kept as the order of removal.
+
+        Raises:
+            PlanError: A block does not exist, is named twice, or nothing would be left.
+            UnsupportedModelError: The architecture cannot lose blocks exactly.
+        """
+        from .architectures import layout_for  # torch and transformers enter here only, not when a plan is read
+
+        layout = layout_for(getattr(model_or_config, "config", model_or_config))
+        plan = cls.from_removed(layout.model_type, layout.num_blocks, removed, base_model=layout.base_model)
+        layout.check(plan)
+        return plan
+
+    def apply(self, model: Any) -> Any:
+        """Removes the blocks from a live model, in place and where it lies, proves the result and returns it.
+
+        Args:
+            model: The dense `PreTrainedModel` that the plan was made for.
+
+        Raises:
+            PlanError: The plan belongs to another model.
+            UnsupportedModelError: The architecture cannot be expressed exactly.
+            VerificationError: The pruned model does not equal the dense one with these blocks switched off; the
+                model is put back as it was.
+        """
+        from .gate import apply_proven  # see from_blocks
+
+        return apply_proven(model, self)
+
+    def apply_to_checkpoint(self, src: Any, dst: Any, **kwargs: Any) -> Path:
+        """Writes the pruned checkpoint `dst` from the files in `src`, tensor by tensor, without building the model.
+
+        See `optimum_blockprune.checkpoint.apply_to_checkpoint` for the arguments and the errors.
+        """
+        from .checkpoint import apply_to_checkpoint  # see from_blocks
+
+        return apply_to_checkpoint(self, src, dst, **kwargs)
+
+    def with_provenance(self, **fields: Any) -> PruningPlan:
+        """Returns a copy with some descriptive fields replaced."""
+        return replace(self, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON types; `from_dict` is the inverse."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            PlanError: A field is missing, unknown or malformed, or a newer version wrote the plan.
+        """
+        if not isinstance(data, Mapping):
+            raise PlanError(f"A plan is a JSON object, not {type(data).__name__}.")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise PlanError(f"This plan has format_version {version!r}; this version of the tool reads {FORMAT_VERSION}.")
+        unknown = sorted(set(data) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise PlanError(f"Unknown fields in the plan: {', '.join(unknown)}.")
+        try:
+            blocks = tuple(BlockSource(**block) for block in data["blocks"])
+            return cls(
+                **{
+                    **data,
+                    "blocks": blocks,
+                    "removed_blocks": tuple(data["removed_blocks"]),
+                    "steps": tuple(data.get("steps", ())),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"The plan is malformed: {error}.") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan as JSON to `path` (a file, or a folder that gets `pruning_plan.json`)."""
+        path = Path(path)
+        path = path / PLAN_FILE if path.is_dir() else path
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PruningPlan:
+        """Reads a plan from a JSON file, or from the folder that holds `pruning_plan.json`."""
+        path = Path(path)
+        path = path / PLAN_FILE if path.is_dir() else path
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise PlanError(f"There is no plan at '{path}'.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"'{path}' is not a JSON file: {error}.") from error
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> PruningPlan:
+        """Downloads `pruning_plan.json` of a pruned model on the Hub and reads it."""
+        from huggingface_hub import hf_hub_download
+
+        return cls.from_file(hf_hub_download(repo_id, PLAN_FILE, revision=revision, token=token))
+
+
+def _validate(plan: PruningPlan) -> None:
+    """Rejects a plan whose parts contradict each other."""
+    numbers = [plan.num_blocks, *plan.removed_blocks]
+    numbers += [half for source in plan.blocks for half in (source.attention, source.mlp)]
+    if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+        raise PlanError("Block numbers in a plan must be integers.")
+    if not isinstance(plan.model_type, str) or not plan.model_type:
+        raise PlanError("A plan needs the model type that it was made for.")
+    if len(set(plan.removed_blocks)) != len(plan.removed_blocks):
+        raise PlanError(f"A block is removed twice: {list(plan.removed_blocks)}.")
+    split = [source for source in plan.blocks if source.attention != source.mlp]
+    if split:
+        raise PlanError(f"This version keeps whole blocks only; {split[0]} joins the halves of two blocks.")
+    if not plan.blocks:
+        raise PlanError("The plan removes every block; at least one must stay.")
+    expected = [index for index in range(plan.num_blocks) if index not in set(plan.removed_blocks)]
+    if list(plan.kept_blocks) != expected:
+        raise PlanError(
+            f"Kept blocks {list(plan.kept_blocks)} and removed blocks {list(plan.removed_blocks)} do not make up "
+            f"blocks 0 to {plan.num_blocks - 1} in order."
+        )
