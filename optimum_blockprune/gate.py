@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate: proves that a pruned model equals the dense one with the same blocks switched off.
+
+`expect` asks the dense model for the truth *before* the surgery. `prove_live` holds the pruned model in memory to it,
+`prove_folder` the saved checkpoint after stock classes loaded it again:
+
+1. keys: nothing missing, unexpected or mismatched, and the block count is what the plan says;
+2. configuration: every per-block field has the planned value after loading, nothing was recomputed;
+3. traits: every plain attribute of every reloaded block (window, scale, number, ...) equals the live block's;
+4. weights: every reloaded tensor equals the live one, bit for bit;
+5. logits: equal to the expectation;
+6. cache: logits of a cached generation equal those of one uncached pass over the same tokens.
+
+`verify="keys"` does 1 to 3 on the meta device, for models too large to hold twice. Only 5 can accept an architecture
+that is not in the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.utils import logging
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from .architectures import layout_for
+from .blocks import find_blocks
+from .calibration import Batch
+from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
+from .plan import PruningPlan
+from .runner import BlockRunner, evaluating
+from .surgery import apply_plan, block_traits
+
+
+logger = logging.get_logger("optimum.blockprune.gate")
+
+VERIFY_MODES = ("logits", "keys", "off")
+
+_PROBE_WINDOWS, _PROBE_LENGTH, _GENERATED = 2, 12, 6
+# Largest difference of logits, relative to the largest logit. Half precision differs between kernels (cached or not,
+# one device or another) by a few of its own rounding steps.
+_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the dense model computes with the plan's blocks switched off: probe [2, 12] and its logits, on the CPU."""
+
+    plan: PruningPlan
+    batch: Batch
+    logits: Tensor
+
+
+def check_mode(verify: str) -> None:
+    """Raises `ConfigurationError` for an unknown `verify`."""
+    if verify not in VERIFY_MODES:
+        raise ConfigurationError(f"Unknown verify={verify!r}.{nearest(str(verify), VERIFY_MODES)}")
+
+
+def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
+    """Runs the dense model on a fixed random probe with the plan's blocks switched off; `model` is not changed."""
+    layout_for(model.config).check(plan)
+    generator = torch.Generator().manual_seed(0)
+    shape = (_PROBE_WINDOWS, _PROBE_LENGTH)
+    batch = Batch(torch.randint(0, model.config.vocab_size, shape, generator=generator), None)
+    runner = BlockRunner(model)
+    logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
+    if not torch.isfinite(logits).all():
+        runner.diagnose(batch, off=plan.removed_blocks)
+        raise NonFiniteError("NaN or infinity in the logits although every block's output is finite.")
+    return Expectation(plan, batch, logits)
+
+
+def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectation | None = None) -> PreTrainedModel:
+    """Applies the plan in place and proves the live result; puts the model back as it was if it fails."""
+    expected = expected or expect(model, plan)
+    layout = layout_for(model.config)
+    journal = apply_plan(model, plan)
+    try:
+        prove_live(model, expected)
+    except BaseException:
+        journal.rollback()
+        raise
+    if not layout.proven:
+        logger.warning(
+            f"Model type '{layout.model_type}' is not in the architecture table; it was accepted because the pruned "
+            "model in memory equals the dense one with these blocks switched off. Saving proves the files as well."
+        )
+    return model
+
+
+def prove_live(model: PreTrainedModel, expected: Expectation) -> None:
+    """Raises `VerificationError` unless the pruned model in memory meets the expectation, cached and uncached."""
+    plan = expected.plan
+    _require(
+        len(find_blocks(model)) == len(plan.blocks),
+        f"the model has {len(find_blocks(model))} blocks, the plan keeps {len(plan.blocks)}",
+    )
+    _prove_logits(model, expected)
+    _prove_cache(model, expected)
+
+
+def prove_folder(folder: str | Path, model: PreTrainedModel, expected: Expectation, verify: str = "logits") -> None:
+    """Raises `VerificationError` unless the checkpoint in `folder`, loaded by stock classes, is the live `model`.
+
+    Args:
+        folder: The saved checkpoint.
+        model: The pruned model it was saved from.
+        expected: From `expect`, made before the surgery.
+        verify: `"logits"`, `"keys"` or `"off"`.
+
+    Raises:
+        UnsupportedModelError: `verify` is weaker than `"logits"` and the architecture is not in the table.
+    """
+    check_mode(verify)
+    require_proof(model.config, verify)
+    if verify == "off":
+        return
+    device = "meta" if verify == "keys" else _reload_device(model)
+    reloaded = reload(folder, model, device)
+    _prove_fields(reloaded, model)
+    _prove_traits(reloaded, model)
+    if verify == "logits":
+        _prove_weights(reloaded, model)
+        prove_live(reloaded, expected)
+
+
+def require_proof(config: Any, verify: str) -> None:
+    """Raises where a weaker check than logits cannot tell whether this architecture is right."""
+    layout = layout_for(config)
+    if verify != "logits" and not layout.proven:
+        raise UnsupportedModelError(
+            f"Model type '{layout.model_type}' is not in the architecture table, so only comparing logits can prove "
+            f"the result: use verify='logits' instead of {verify!r}."
+        )
+
+
+def reload(folder: str | Path, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Loads `folder` with the model's own class and refuses anything but a perfect match of the keys."""
+    # A model class from a repository's own code is passed to from_pretrained as it is: nothing is executed anew.
+    try:
+        reloaded, info = type(model).from_pretrained(
+            folder,
+            dtype=model.dtype,
+            device_map={"": device},
+            attn_implementation=model.config._attn_implementation,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (ValueError, RuntimeError, OSError, KeyError, IndexError) as error:
+        raise VerificationError(f"The pruned checkpoint does not load: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        problems = info.get(kind) or []
+        _require(not problems, f"{kind.replace('_', ' ')} on loading: {sorted(map(str, problems))[:5]}")
+    return reloaded.eval()
+
+
+def _reload_device(model: PreTrainedModel) -> torch.device:
+    """The model's own device if it has one; the CPU, whose weights can stay in the file, if it is spread out."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 and torch.device("meta") not in devices else torch.device("cpu")
+
+
+def _prove_fields(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Everything in the configuration must come back as it was written, per-block fields above all."""
+    written, read = model.config.to_dict(), reloaded.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        written.pop(name, None)
+    for name, value in written.items():
+        _require(read.get(name) == value, f"config field '{name}' is {read.get(name)!r} after loading, not {value!r}")
+
+
+def _prove_traits(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
+    live, read = (dict(block_traits(find_blocks(each).blocks)) for each in (model, reloaded))
+    for name, value in live.items():
+        _require(
+            name in read and (read[name] == value or value != value),
+            f"block attribute {name} is {read.get(name, 'absent')!r} after loading, not {value!r}",
+        )
+
+
+def _prove_weights(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
+    live = model.state_dict()
+    for name, tensor in reloaded.state_dict().items():
+        # Offloaded weights lie on meta in the live model; the logits speak for those.
+        if name in live and live[name].device.type != "meta":
+            same = torch.equal(tensor.to(live[name].device), live[name])
+            _require(same, f"tensor '{name}' in the file differs from the model's")
+
+
+def _prove_logits(model: PreTrainedModel, expected: Expectation) -> None:
+    logits = BlockRunner(model).logits(expected.batch).float().cpu()
+    error = _relative_error(logits, expected.logits)
+    _require(
+        error <= _TOLERANCE.get(model.dtype, 2e-4),
+        f"logits differ from the dense model with blocks {list(expected.plan.removed_blocks)} switched off by "
+        f"{error:.2g} of the largest logit",
+    )
+
+
+def _prove_cache(model: PreTrainedModel, expected: Expectation) -> None:
+    """Compares logits, not tokens: random or tied logits may flip an argmax that rounding alone decides."""
+    ids = expected.batch.input_ids.to(BlockRunner(model).device)
+    try:
+        with torch.no_grad(), evaluating(model):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=_greedy(model))
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise VerificationError(f"The pruned model does not generate with a KV cache: {error}") from error
+    cached = torch.stack(out.logits, dim=1).float().cpu()
+    whole = BlockRunner(model).logits(Batch(out.sequences.cpu(), None)).float().cpu()
+    error = _relative_error(cached, whole[:, _PROBE_LENGTH - 1 : -1])
+    _require(
+        error <= _TOLERANCE.get(model.dtype, 2e-4),
+        f"generation with a KV cache differs from generation without one by {error:.2g} of the largest logit",
+    )
+
+
+def _greedy(model: PreTrainedModel) -> GenerationConfig:
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    pad = eos[0] if isinstance(eos, (list, tuple)) else eos
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=_GENERATED,
+        min_new_tokens=_GENERATED,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+        eos_token_id=eos,
+        pad_token_id=0 if pad is None else pad,
+    )
+
+
+def _relative_error(actual: Tensor, truth: Tensor) -> float:
+    if actual.shape != truth.shape:
+        return float("inf")
+    error = ((actual - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise VerificationError(f"The pruned result failed the gate: {problem}. Nothing was kept of it.")

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: every number that was measured, and none that was not."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+REPORT_FILE = "pruning_report.json"
+
+
+@dataclass
+class PruningReport:
+    """What a pruning run was asked for, did, spent and measured; `None` and empty entries are left out of the JSON.
+
+    Attributes:
+        requested: The budget as asked for.
+        achieved: `blocks_before`, `blocks_after`, `blocks_removed` (fraction), the same for `parameters`.
+        block_forwards: Block executions of the search, per calibration window.
+        naive_block_forwards: What whole forward passes per candidate would have spent, where the strategy knows.
+        head_forwards: Executions of the language-model head, per calibration window.
+        tokens: Tokens of the calibration set, padding not counted.
+        calibration: Source and fingerprint of the calibration set.
+        seconds: Wall time by phase (`load`, `calibration`, `search`, `surgery`, `save`).
+        peak_memory_bytes: Largest allocation on the GPU, or the largest resident size of the process on the CPU.
+        device, dtype: Where the model was and in which precision.
+        strategy_details: Further figures of the strategy.
+        verification: Which parts of the gate the saved folder passed.
+        evaluations: Every evaluation with its settings and token counts, in order.
+        versions: Package versions.
+    """
+
+    requested: dict[str, Any] = field(default_factory=dict)
+    achieved: dict[str, Any] = field(default_factory=dict)
+    strategy: str | None = None
+    removed_blocks: list[int] = field(default_factory=list)
+    block_forwards: int | None = None
+    naive_block_forwards: int | None = None
+    head_forwards: int | None = None
+    tokens: int | None = None
+    calibration: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    strategy_details: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the wall time of the body to `seconds[phase]`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON types; what was not measured is absent."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {}, [])}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
+        """Reads what `to_dict` wrote; fields of newer versions are ignored."""
+        return cls(**{name: value for name, value in data.items() if name in cls.__dataclass_fields__})
+
+    def save(self, path: str | Path) -> Path:
+        """Writes JSON to `path` (a file, or a folder that gets `pruning_report.json`)."""
+        path = Path(path)
+        path = path / REPORT_FILE if path.is_dir() else path
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PruningReport:
+        """Reads a report from a JSON file, or from the folder that holds `pruning_report.json`."""
+        path = Path(path)
+        path = path / REPORT_FILE if path.is_dir() else path
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
