@@ -236,7 +236,15 @@ def _count_below(field: Following) -> int:
 
 def _last_below(field: Following) -> int:
     """An inclusive upper end; -1 ("to the last block") stays."""
-    return field.value if field.value < 0 else sum(block <= field.value for block in field.kept) - 1
+    if field.value < 0:
+        return field.value
+    last = sum(block <= field.value for block in field.kept) - 1
+    if last < 0:
+        raise UnsupportedModelError(
+            f"Model type '{field.model_type}': '{field.name}={field.value}' cannot say that none of the blocks up to "
+            f"it is left. Keep one of blocks 0 to {field.value}."
+        )
+    return last
 
 
 def _write_out(field: Following) -> list[Any]:

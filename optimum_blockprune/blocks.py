@@ -72,11 +72,11 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
 def refuse_wrapped(model: object) -> None:
     """Raises `UnsupportedModelError` for quantised, PEFT-wrapped, compiled and foreign models; says how to unwrap."""
     kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    adapters = getattr(model, "_hf_peft_config_loaded", False) or type(model).__module__.startswith("peft.")
-    if adapters:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if any(type(module).__module__.startswith("peft.") for module in modules):
         raise UnsupportedModelError(
-            f"This '{kind}' model carries PEFT adapters. Merge them first: model = model.merge_and_unload() "
-            "(or remove them with model.delete_adapter(...))."
+            f"This '{kind}' model carries PEFT layers. Merge them first: model = model.merge_and_unload() on the "
+            "PeftModel (load the adapter with peft.PeftModel.from_pretrained if it came by add_adapter)."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         method = getattr(model, "quantization_method", None)

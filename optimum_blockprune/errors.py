@@ -7,6 +7,7 @@
     ├── CalibrationError         text missing, too short, unreadable, or not loadable offline
     ├── NonFiniteError           NaN or infinity in activations or in the loss
     ├── PlanError                a plan is malformed, or was made for another model
+    ├── CheckpointError          the source files are incomplete, malformed or of another format
     ├── UnsupportedModelError    this model (or the way it is loaded) cannot be pruned exactly
     ├── OutputError              the output folder exists, is full or may not be written
     └── VerificationError        the result was built and did not pass the gate
@@ -42,6 +43,10 @@ class NonFiniteError(BlockPruningError):
 
 class PlanError(BlockPruningError):
     """A pruning plan is malformed, or does not belong to the model it is applied to."""
+
+
+class CheckpointError(BlockPruningError):
+    """The files of the dense model are incomplete, malformed or in a format that is not rewritten."""
 
 
 class UnsupportedModelError(BlockPruningError):

@@ -17,12 +17,15 @@ that is not in the table.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.utils import logging
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -32,7 +35,7 @@ from .calibration import Batch
 from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
 from .plan import PruningPlan
 from .runner import BlockRunner, evaluating
-from .surgery import apply_plan, block_traits
+from .surgery import Journal, apply_plan, block_traits
 
 
 logger = logging.get_logger("optimum.blockprune.gate")
@@ -74,8 +77,12 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     return Expectation(plan, batch, logits)
 
 
-def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectation | None = None) -> PreTrainedModel:
-    """Applies the plan in place and proves the live result; puts the model back as it was if it fails."""
+def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectation | None = None) -> Journal:
+    """Applies the plan in place and proves the live result; puts the model back as it was if it fails.
+
+    Returns:
+        The journal that takes the surgery back.
+    """
     expected = expected or expect(model, plan)
     layout = layout_for(model.config)
     journal = apply_plan(model, plan)
@@ -89,7 +96,7 @@ def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectatio
             f"Model type '{layout.model_type}' is not in the architecture table; it was accepted because the pruned "
             "model in memory equals the dense one with these blocks switched off. Saving proves the files as well."
         )
-    return model
+    return journal
 
 
 def prove_live(model: PreTrainedModel, expected: Expectation) -> None:
@@ -103,14 +110,22 @@ def prove_live(model: PreTrainedModel, expected: Expectation) -> None:
     _prove_cache(model, expected)
 
 
-def prove_folder(folder: str | Path, model: PreTrainedModel, expected: Expectation, verify: str = "logits") -> None:
+def prove_folder(
+    folder: str | Path,
+    model: PreTrainedModel,
+    expected: Expectation | None,
+    verify: str = "logits",
+    *,
+    extra: Collection[str] = (),
+) -> None:
     """Raises `VerificationError` unless the checkpoint in `folder`, loaded by stock classes, is the live `model`.
 
     Args:
         folder: The saved checkpoint.
-        model: The pruned model it was saved from.
-        expected: From `expect`, made before the surgery.
+        model: The pruned model it was saved from, or its like on the meta device.
+        expected: From `expect`, made before the surgery; only `verify="logits"` needs it.
         verify: `"logits"`, `"keys"` or `"off"`.
+        extra: Tensors that may be in the folder although the class does not know them: the dense one had them, too.
 
     Raises:
         UnsupportedModelError: `verify` is weaker than `"logits"` and the architecture is not in the table.
@@ -120,7 +135,7 @@ def prove_folder(folder: str | Path, model: PreTrainedModel, expected: Expectati
     if verify == "off":
         return
     device = "meta" if verify == "keys" else _reload_device(model)
-    reloaded = reload(folder, model, device)
+    reloaded = reload(folder, model, device, extra=extra)
     _prove_fields(reloaded, model)
     _prove_traits(reloaded, model)
     if verify == "logits":
@@ -138,8 +153,10 @@ def require_proof(config: Any, verify: str) -> None:
         )
 
 
-def reload(folder: str | Path, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Loads `folder` with the model's own class and refuses anything but a perfect match of the keys."""
+def reload(
+    folder: str | Path, model: PreTrainedModel, device: torch.device | str, *, extra: Collection[str] = ()
+) -> PreTrainedModel:
+    """Loads `folder` with the model's own class; refuses anything but a perfect match of the keys, but for `extra`."""
     # A model class from a repository's own code is passed to from_pretrained as it is: nothing is executed anew.
     try:
         reloaded, info = type(model).from_pretrained(
@@ -150,11 +167,15 @@ def reload(folder: str | Path, model: PreTrainedModel, device: torch.device | st
             output_loading_info=True,
             local_files_only=True,
         )
-    except (ValueError, RuntimeError, OSError, KeyError, IndexError) as error:
+    except torch.OutOfMemoryError as error:
+        raise VerificationError("No room to load the result beside the model: use verify='keys'.") from error
+    except (ValueError, RuntimeError, OSError, KeyError, IndexError, SafetensorError) as error:
         raise VerificationError(f"The pruned checkpoint does not load: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
-        problems = info.get(kind) or []
-        _require(not problems, f"{kind.replace('_', ' ')} on loading: {sorted(map(str, problems))[:5]}")
+        problems = set(map(str, info.get(kind) or ()))
+        if kind == "unexpected_keys":
+            problems -= set(extra)
+        _require(not problems, f"{kind.replace('_', ' ')} on loading: {sorted(problems)[:5]}")
     return reloaded.eval()
 
 
@@ -204,9 +225,10 @@ def _prove_logits(model: PreTrainedModel, expected: Expectation) -> None:
 def _prove_cache(model: PreTrainedModel, expected: Expectation) -> None:
     """Compares logits, not tokens: random or tied logits may flip an argmax that rounding alone decides."""
     ids = expected.batch.input_ids.to(BlockRunner(model).device)
+    settings = _greedy(model)
     try:
-        with torch.no_grad(), evaluating(model):
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=_greedy(model))
+        with torch.no_grad(), evaluating(model), _plain_generation(model):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     except (IndexError, RuntimeError, ValueError) as error:
         raise VerificationError(f"The pruned model does not generate with a KV cache: {error}") from error
     cached = torch.stack(out.logits, dim=1).float().cpu()
@@ -216,6 +238,16 @@ def _prove_cache(model: PreTrainedModel, expected: Expectation) -> None:
         error <= _TOLERANCE.get(model.dtype, 2e-4),
         f"generation with a KV cache differs from generation without one by {error:.2g} of the largest logit",
     )
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Sets the model's own defaults aside (beams, assistants, several answers): `generate` would merge them in."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _greedy(model: PreTrainedModel) -> GenerationConfig:

@@ -42,6 +42,8 @@ class PruningPlan:
         strategy: Name of the strategy that chose them; `"manual"` if the user did.
         base_model: Repo id or path of the dense model, if known.
         requested: The budget as it was asked for, e.g. `{"sparsity": 0.25}`.
+        scores: Score of each block measured on the dense model, by block number as a string; what a score means, and
+            whether low or high ones go first, belongs to the strategy.
         steps: One entry per decision, in order; its keys belong to the strategy (SLEB: `block`, `loss`, `candidates`).
         details: Further figures of the strategy (estimator, violation rates, ...).
         calibration: Source, fingerprint, windows and tokens of the calibration set; `None` if no data was used.
@@ -60,6 +62,7 @@ class PruningPlan:
     strategy: str = "manual"
     base_model: str | None = None
     requested: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
     steps: tuple[Mapping[str, Any], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
@@ -120,7 +123,8 @@ class PruningPlan:
         """
         from .gate import apply_proven  # see from_blocks
 
-        return apply_proven(model, self)
+        apply_proven(model, self)
+        return model
 
     def apply_to_checkpoint(self, src: Any, dst: Any, **kwargs: Any) -> Path:
         """Writes the pruned checkpoint `dst` from the files in `src`, tensor by tensor, without building the model.
@@ -150,7 +154,9 @@ class PruningPlan:
             raise PlanError(f"A plan is a JSON object, not {type(data).__name__}.")
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise PlanError(f"This plan has format_version {version!r}; this version of the tool reads {FORMAT_VERSION}.")
+            raise PlanError(
+                f"This plan has format_version {version!r}; this version of the tool reads {FORMAT_VERSION}."
+            )
         unknown = sorted(set(data) - set(cls.__dataclass_fields__))
         if unknown:
             raise PlanError(f"Unknown fields in the plan: {', '.join(unknown)}.")

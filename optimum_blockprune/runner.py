@@ -4,8 +4,8 @@
 The model's own `forward` is called every time, so masks, rotary tables, per-layer keyword arguments, caches and
 device hooks stay the model's business. Only entries of its block list are exchanged for stand-ins while it runs:
 
-* a `_Bypass` hands the incoming hidden states on: a block that is off, or one that need not run;
-* a `_Replay` hands out a stored block output, whatever comes in: everything before it need not run.
+* a `Bypass` hands the incoming hidden states on: a block that is off, or one that need not run;
+* a `Replay` hands out a stored block output, whatever comes in: everything before it need not run.
 
 A run can also end after a block; the head then never runs. All exchanges are undone in `finally`.
 
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from .blocks import BlockStack, find_blocks
 from .calibration import Batch
 from .errors import NonFiniteError, UnsupportedModelError
+from .stand_ins import Bypass, Replay, hidden_of, incoming_hidden, map_tensors
 
 
 # Logits of one head call: 2**26 values are 256 MiB in float32. One window is the least that a call can score.
@@ -72,6 +74,7 @@ class BlockRunner:
         self.model = model
         self.counters = Counters()
         self._return_type: tuple[type, int] | None = None
+        self._takes_positions = "position_ids" in signature(model.forward).parameters
 
     @property
     def num_blocks(self) -> int:
@@ -98,9 +101,10 @@ class BlockRunner:
             visit: Called as `visit(position, hidden)` for position 0 (input of block 0) to T (output of the last
                 block) in order; `hidden` is [B, S, d] on the device of the block, valid during the call, read-only.
         """
+        self._learn_return_type()  # before the hooks: its probe is not part of the stream
         with self._hooks() as hook:
             enter = self.stack.blocks[0].register_forward_pre_hook
-            hook(enter(lambda _, args, kwargs: visit(0, _incoming(args, kwargs)), with_kwargs=True))
+            hook(enter(lambda _, args, kwargs: visit(0, incoming_hidden(args, kwargs)), with_kwargs=True))
             for index, block in enumerate(self.stack.blocks):
                 hook(block.register_forward_hook(_visitor(index, visit)))
             self._run(batch, (), stop=self.num_blocks - 1)
@@ -120,7 +124,7 @@ class BlockRunner:
         last = max((block for block in range(self.num_blocks) if block not in off), default=None)
         if last is None:
             raise UnsupportedModelError("A run needs at least one block that is not switched off.")
-        reached = start if start is not None and start.block == last else self.run_to(batch, last, off, start)
+        reached = start if start is not None and start.block >= last else self.run_to(batch, last, off, start)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         for rows in self._head_rows(batch):
@@ -154,7 +158,7 @@ class BlockRunner:
             if block in off:
                 continue
             state = self.run_to(batch, block, off, state)
-            hidden = _hidden(state.value)
+            hidden = hidden_of(state.value)
             valid = hidden if batch.attention_mask is None else hidden[batch.attention_mask.to(hidden.device)]
             if not torch.isfinite(valid).all():
                 raise NonFiniteError(
@@ -201,6 +205,9 @@ class BlockRunner:
         inputs = batch.to(self.device)
         # A mask of ones would only take kernels off their fast path.
         masks = {} if inputs.attention_mask is None else {"attention_mask": inputs.attention_mask.long()}
+        if masks and not batch.attention_mask[:, 0].all() and self._takes_positions:
+            # Padding on the left: absolute positions count from the first real token, as in `generate`.
+            masks["position_ids"] = (masks["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with evaluating(self.model):
             return self.model(input_ids=inputs.input_ids, use_cache=False, return_dict=True, **masks).logits
 
@@ -217,11 +224,9 @@ class BlockRunner:
 
         with torch.no_grad(), self._hooks() as hook:
             hook(self.stack.blocks[0].register_forward_hook(finish))
-            try:
+            with suppress(_EndOfRun):
                 self._forward(probe)
-            except _EndOfRun:
-                pass
-        if not seen or not isinstance(_hidden(seen[0]), Tensor):
+        if not seen or not isinstance(hidden_of(seen[0]), Tensor):
             raise UnsupportedModelError(
                 f"Model type '{self.model.config.model_type}': its forward does not run the blocks in "
                 f"'{self.stack.path}' one after the other."
@@ -243,9 +248,9 @@ class BlockRunner:
         try:
             for block in idle:
                 if start is not None and block == start.block:
-                    entries[str(block)] = _Replay(originals[str(block)], start.value)
+                    entries[str(block)] = Replay(originals[str(block)], start.value)
                 else:
-                    entries[str(block)] = _Bypass(originals[str(block)], self._return_type)
+                    entries[str(block)] = Bypass(originals[str(block)], self._return_type)
             yield
         finally:
             entries.update(originals)
@@ -272,42 +277,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _StandIn(nn.Module):
-    """Takes a block's place and answers for its attributes (`attention_type`, `layer_idx`, ...)."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        # Not a submodule: its parameters must not be seen, moved or hooked through the stand-in.
-        object.__setattr__(self, "_block", block)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_block"), name)
-
-
-class _Bypass(_StandIn):
-    """Returns the incoming hidden states in the form in which the model's blocks return theirs."""
-
-    def __init__(self, block: nn.Module, return_type: tuple[type, int]) -> None:
-        super().__init__(block)
-        self._form = return_type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = _incoming(args, kwargs)
-        kind, length = self._form
-        return kind((hidden, *[None] * (length - 1))) if length else hidden
-
-
-class _Replay(_StandIn):
-    """Returns a copy of a stored output: a block may change its input in place, the store must stay."""
-
-    def __init__(self, block: nn.Module, value: Any) -> None:
-        super().__init__(block)
-        self._value = value
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return _map_tensors(self._value, Tensor.clone)
-
-
 def token_nll(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
     """Summed next-token NLL (nats, float64 scalar on the logits' device) and the number of predictions.
 
@@ -329,29 +298,13 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _incoming(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _hidden(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 def _visitor(index: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        visit(index + 1, _hidden(output))
+        visit(index + 1, hidden_of(output))
 
     return hook
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(item, function) for item in value)
-    return value
-
-
 def _rows_of(value: Any, rows: slice, windows: int) -> Any:
     """The given windows of a stored output; tensors without a window dimension are passed on whole."""
-    return _map_tensors(value, lambda tensor: tensor[rows] if tensor.shape[:1] == (windows,) else tensor)
+    return map_tensors(value, lambda tensor: tensor[rows] if tensor.shape[:1] == (windows,) else tensor)

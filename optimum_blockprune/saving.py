@@ -78,11 +78,13 @@ def _move_into_place(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / path.name
-    path.rename(old)
     try:
+        path.rename(old)
         temporary.rename(path)
-    except OSError:
-        old.rename(path)
+    except BaseException:
+        # Interrupted between the two: the old folder goes back.
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise
     finally:
         shutil.rmtree(old.parent, ignore_errors=True)
@@ -100,7 +102,7 @@ def _explained(path: Path) -> Iterator[None]:
                 f"The disk filled up while writing '{path}' ({error}); the partial output was removed. Free some "
                 "space or choose another folder."
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS) or _FORBIDDEN in str(error):
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) or _FORBIDDEN in str(error):
             raise OutputError(f"May not write '{path}': {error}. Choose a folder that you may write.") from error
         raise
 

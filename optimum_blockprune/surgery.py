@@ -22,6 +22,9 @@ from .plan import PruningPlan
 # Copies of the block count that modules outside the blocks keep for their own loops.
 _COUNT_ATTRIBUTES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
+# Attributes of a block that say how it is run at the moment, not what it is.
+_RUN_SETTINGS = ("training", "gradient_checkpointing")
+
 _ABSENT = object()
 
 
@@ -180,7 +183,7 @@ def renumber_key(name: str, path: str, plan: PruningPlan) -> str | None:
     block = int(match[1])
     if block not in plan.kept_blocks:
         return None
-    return f"{path}.{plan.kept_blocks.index(block)}{name[match.end():]}"
+    return f"{path}.{plan.kept_blocks.index(block)}{name[match.end() :]}"
 
 
 def _follow_generation_config(model: PreTrainedModel, plan: PruningPlan, journal: Journal) -> None:
@@ -202,5 +205,5 @@ def block_traits(blocks: nn.ModuleList) -> Iterator[tuple[str, Any]]:
         for name, module in block.named_modules():
             for attribute, value in vars(module).items():
                 plain = isinstance(value, (bool, int, float, str)) or value is None
-                if plain and not attribute.startswith("_") and attribute != "training":
+                if plain and not attribute.startswith("_") and attribute not in _RUN_SETTINGS:
                     yield f"{position}.{name}.{attribute}", value

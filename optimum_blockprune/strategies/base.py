@@ -60,13 +60,22 @@ class SearchContext:
         self,
         removed: Iterable[int],
         *,
+        scores: Mapping[int, float] | None = None,
         steps: Sequence[Mapping[str, Any]] = (),
         details: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
-        """Builds the plan that removes `removed` (original indices, in the order of removal)."""
+        """Builds the plan that removes `removed` (original indices, in the order of removal).
+
+        Args:
+            removed: The chosen blocks.
+            scores: Score of every block, measured on the dense model.
+            steps: One JSON object per decision.
+            details: Further figures for the report.
+        """
         return PruningPlan.from_removed(
             num_blocks=self.runner.num_blocks,
             removed=removed,
+            scores={str(block): score for block, score in (scores or {}).items()},
             steps=tuple(steps),
             details=dict(details or {}),
             options=asdict(self.options),

@@ -71,20 +71,24 @@ class SLEB(PruningStrategy):
         dense: float | None = None
         removed: list[int] = []
         steps: list[dict[str, object]] = []
+        scores: dict[int, float] = {}
         for number in range(1, context.num_remove + 1):
             losses = search.step(removed, f"SLEB {number}/{context.num_remove}", with_dense=dense is None)
             dense = losses.pop(None, dense)
+            scores = scores or losses
             # min() keeps the first of equals and the candidates ascend: a tie goes to the lowest index.
             best = min(losses, key=losses.__getitem__)
             removed.append(best)
             loss = losses[best]
-            steps.append({"block": best, "loss": loss, "perplexity": perplexity_of(loss), "candidates": _named(losses)})
+            steps.append(
+                {"block": best, "loss": loss, "perplexity": perplexity_of(loss), "candidates": _named(losses)}
+            )
             logger.info(
                 f"SLEB {number}/{context.num_remove}: removed block {best}; loss {loss:.4f}, perplexity "
                 f"{perplexity_of(loss):.2f} (dense {perplexity_of(dense):.2f})"
             )
         details = {"objective": "nll", "dense_loss": dense, "naive_block_forwards": search.naive_block_forwards}
-        return context.plan(removed, steps=steps, details=details)
+        return context.plan(removed, scores=scores, steps=steps, details=details)
 
 
 class _Search:
@@ -105,19 +109,19 @@ class _Search:
         wanted: list[int | None] = [*candidates, *([None] if with_dense else [])]
         measure = self._naive if self.context.options.search == "naive" else self._prefix
         totals: dict[int | None, Tensor] = {}
-        predictions = 0
+        predictions: dict[int | None, int] = {}
         batches = math.ceil(self.windows.num_windows / self.context.batch_size)
         with self.context.progress(batches * len(wanted), title) as bar:
             for batch in self.windows.batches(self.context.batch_size):
                 for block, (loss, count) in measure(batch, removed, wanted):
                     # Summed on the device: reading a value here would stall it once per candidate.
                     totals[block] = totals[block] + loss if block in totals else loss
+                    predictions[block] = predictions.get(block, 0) + count
                     bar.update()
-                predictions += count
         alive = self.runner.num_blocks - len(removed)
         spent = len(candidates) * (alive - 1) + (alive if with_dense else 0)
         self.naive_block_forwards += spent * self.windows.num_windows
-        means = {block: totals[block].item() / predictions for block in wanted}
+        means = {block: totals[block].item() / predictions[block] for block in wanted}
         return self._finite(means, removed)
 
     def _naive(self, batch: Batch, removed: list[int], wanted: list[int | None]) -> Iterator[_Measured]:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a pruned checkpoint: written from plan and report, so that it says only what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .plan import PruningPlan
+from .report import PruningReport
+
+
+_BODY = """
+# {title}
+
+{base}with {removed} of its {dense} transformer blocks removed by
+[`optimum-blockprune`](https://pypi.org/project/optimum-blockprune/); nothing was retrained.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/or/repo")
+tokenizer = AutoTokenizer.from_pretrained("path/or/repo")
+```
+
+## What was removed
+
+Strategy `{strategy}`; removed blocks, in order: {order}.
+
+| | before | after |
+|---|---:|---:|
+{sizes}
+
+## Measured quality
+
+{quality}
+
+## Reproduce
+
+`pruning_plan.json` in this folder holds the blocks, the scores and the calibration set's fingerprint:
+
+```shell
+optimum-cli blockprune apply -m BASE_MODEL --plan pruning_plan.json OUTPUT
+```
+"""
+
+
+def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> ModelCard:
+    """Returns the card as `huggingface_hub.ModelCard`.
+
+    Args:
+        plan: What was removed.
+        report: What was measured; evaluations that are not in it are said to be missing.
+        title: Heading, usually the folder's name.
+    """
+    data = ModelCardData(
+        base_model=_repo_id(plan.base_model),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "block-pruning", "depth-pruning", "optimum", plan.strategy],
+    )
+    body = _BODY.format(
+        title=title,
+        base=f"`{plan.base_model}` " if plan.base_model else "A model ",
+        removed=len(plan.removed_blocks),
+        dense=plan.num_blocks,
+        strategy=plan.strategy,
+        order=", ".join(map(str, plan.removed_blocks)) or "none",
+        sizes=_sizes(report.achieved),
+        quality=_quality(report.evaluations),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _repo_id(base_model: str | None) -> str | None:
+    """The base model as metadata: only what looks like a repository on the Hub, not a local path."""
+    parts = (base_model or "").split("/")
+    plausible = len(parts) == 2 and all(part and not part.startswith(".") for part in parts)
+    return base_model if plausible else None
+
+
+def _sizes(achieved: dict[str, Any]) -> str:
+    rows = [
+        f"| {name} | {achieved[f'{name}_before']:,} | {achieved[f'{name}_after']:,} |"
+        for name in ("blocks", "parameters")
+        if f"{name}_before" in achieved
+    ]
+    return "\n".join(rows)
+
+
+def _quality(evaluations: list[dict[str, Any]]) -> str:
+    if not evaluations:
+        return "Not evaluated."
+    rows = ["| model | text | tokens | perplexity |", "|---|---|---:|---:|"]
+    for entry in evaluations:
+        rows.append(f"| {entry['label']} | {entry['source']} | {entry['tokens']:,} | {entry['perplexity']:.2f} |")
+    return "\n".join(rows)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to a plan: budget, protections, windows, strategy; what can be checked early is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .architectures import layout_for
+from .blocks import BlockStack, find_blocks
+from .calibration import CalibrationWindows, WindowSpec, build_windows
+from .environment import versions
+from .errors import CalibrationError, PlanError
+from .plan import PruningPlan
+from .recipe import Recipe
+from .registry import build_options, get_strategy
+from .report import PruningReport
+from .runner import BlockRunner
+from .strategies.base import PruningStrategy, SearchContext
+
+
+def choose(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruningReport,
+    *,
+    base_model: str | None = None,
+    num_remove: int | None = None,
+) -> PruningPlan:
+    """Lets the strategy of `recipe` choose blocks of `model`, which is not changed.
+
+    Args:
+        model: The dense model.
+        recipe: What is wanted.
+        tokenizer: For calibration text.
+        report: Gets seconds, tokens and what the search spent.
+        base_model: Name of the dense model for the plan; by default what its configuration says.
+        num_remove: Replaces the recipe's budget.
+
+    Raises:
+        BlockPruningError: The recipe, the model or the text does not fit; as much as possible before the search.
+        PlanError: A strategy did not keep to its budget or to the protections.
+    """
+    strategy = get_strategy(recipe.strategy)()
+    options = build_options(type(strategy), recipe.strategy_options or {})
+    stack = find_blocks(model)
+    layout = layout_for(model.config)
+    removable = _removable(recipe, strategy, stack)
+    num_remove = num_remove or num_to_remove(model, recipe)
+    windows = _calibrate(model, recipe, tokenizer, report) if strategy.needs_data else None
+    runner = BlockRunner(model)
+    context = SearchContext(
+        runner=runner,
+        windows=windows,
+        options=options,
+        num_remove=num_remove,
+        removable=removable,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        progress=lambda total, description: tqdm(total=total, desc=description, leave=False),
+        provenance={
+            "model_type": layout.model_type,
+            "base_model": base_model or layout.base_model,
+            "strategy": recipe.strategy,
+            "requested": recipe.requested,
+            "calibration": windows.describe() if windows is not None else None,
+            "versions": versions(),
+        },
+    )
+    with report.timed("search"):
+        plan = strategy.select(context)
+    _check_choice(plan, context, recipe.strategy)
+    layout.check(plan)
+    report.block_forwards = runner.counters.block_forwards
+    report.head_forwards = runner.counters.head_forwards
+    report.naive_block_forwards = plan.details.get("naive_block_forwards")
+    report.tokens = windows.num_tokens if windows is not None else None
+    return plan
+
+
+def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Number of blocks that the recipe's budget takes from this model.
+
+    Raises:
+        ConfigurationError: The budget cannot be met, given the protections.
+    """
+    stack = find_blocks(model)
+    removable = _removable(recipe, get_strategy(recipe.strategy)(), stack)
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return recipe.budget_blocks(len(stack), removable, block_params=sizes, total_params=total)
+
+
+def window_spec(recipe: Recipe, **changes: Any) -> WindowSpec:
+    """The recipe's way to cut text, with some of it replaced."""
+    spec = {
+        "num_samples": recipe.num_samples,
+        "seqlen": recipe.seqlen,
+        "seed": recipe.seed,
+        "text_field": recipe.dataset_text_field,
+        "use_chat_template": recipe.use_chat_template,
+        "recipe": recipe.calibration_recipe,
+    }
+    return WindowSpec(**{**spec, **changes})
+
+
+def windows_for(
+    model: PreTrainedModel, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec: WindowSpec
+) -> CalibrationWindows:
+    """Cuts windows that `model` can read: no longer than its positions, no token outside its vocabulary."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and limit >= 2:
+        spec = WindowSpec(**{**vars(spec), "max_length": limit})
+    windows = build_windows(dataset, tokenizer, spec)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = int(windows.input_ids.max())
+    if largest >= vocabulary:
+        raise CalibrationError(
+            f"Token {largest} is outside the model's vocabulary of {vocabulary}: the tokenizer or the token ids "
+            "belong to another model."
+        )
+    return windows
+
+
+def _calibrate(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport
+) -> CalibrationWindows:
+    if recipe.dataset is None:
+        raise CalibrationError(
+            f"Strategy '{recipe.strategy}' measures the model on text: give dataset=... (--dataset PATH): wikitext2, "
+            "c4, alpaca, a .txt, .jsonl or .parquet file, or your own texts."
+        )
+    with report.timed("calibration"):
+        return windows_for(model, recipe.dataset, tokenizer, window_spec(recipe))
+
+
+def _removable(recipe: Recipe, strategy: PruningStrategy, stack: BlockStack) -> tuple[int, ...]:
+    """Blocks that are not protected; refuses architectures that cannot lose each of them, before the search."""
+    first = strategy.protect_first if recipe.protect_first is None else recipe.protect_first
+    last = strategy.protect_last if recipe.protect_last is None else recipe.protect_last
+    removable = tuple(range(first, len(stack) - last))
+    layout = layout_for(stack.model.config)
+    for block in removable if len(stack) > 1 else ():
+        layout.check(PruningPlan.from_removed(layout.model_type, layout.num_blocks, [block]))
+    return removable
+
+
+def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> None:
+    """A third party's strategy may err."""
+    chosen = set(plan.removed_blocks)
+    if len(chosen) != context.num_remove or not chosen <= set(context.removable):
+        raise PlanError(
+            f"Strategy '{strategy}' chose {sorted(chosen)}; it was asked for {context.num_remove} of "
+            f"{list(context.removable)}."
+        )

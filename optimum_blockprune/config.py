@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration as Optimum knows it: a `Recipe` that can be saved, loaded and pushed to the Hub.
+
+Fields, defaults and rules are those of `Recipe`. The base class is used for reading files and repositories only:
+what it would add to the file, drop from the arguments or compare is replaced here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from optimum.configuration_utils import BaseConfig
+from optimum.version import __version__ as optimum_version
+from transformers import __version__ as transformers_version
+
+from . import __version__
+from .errors import ConfigurationError, OutputError, nearest
+from .recipe import BUDGET_FIELDS, Recipe
+from .registry import build_options, get_strategy
+
+
+CONFIG_FILE = "block_pruning_config.json"
+FIELD_NAMES = tuple(field.name for field in fields(Recipe))
+
+# What a file holds beside the fields: who wrote it, and a key that the base class adds to every file.
+_NO_FIELDS = frozenset({"block_pruning_version", "optimum_version", "transformers_version", "output_attentions"})
+
+
+class BlockPruningConfig(BaseConfig):
+    """What to remove, how to choose it, and on which text.
+
+    The fields are those of `Recipe`, which documents each of them. At most one budget (`sparsity`, `num_blocks`,
+    `target_params`) may be given; without one, a fifth of the blocks goes. Everything is checked on construction, and
+    again where `recipe` is read, since attributes of a configuration can be set.
+
+    Raises:
+        ConfigurationError: A field is unknown or has an impossible value, or the strategy has no such option.
+        UnknownStrategyError: The strategy is not installed.
+    """
+
+    CONFIG_NAME = CONFIG_FILE
+    FULL_CONFIGURATION_FILE = CONFIG_FILE
+
+    def __init__(
+        self,
+        strategy: str = Recipe.strategy,
+        sparsity: float | None = Recipe.sparsity,
+        *,
+        num_blocks: int | None = Recipe.num_blocks,
+        target_params: int | None = Recipe.target_params,
+        dataset: Any = Recipe.dataset,
+        dataset_text_field: str | None = Recipe.dataset_text_field,
+        num_samples: int = Recipe.num_samples,
+        seqlen: int = Recipe.seqlen,
+        batch_size: int = Recipe.batch_size,
+        seed: int = Recipe.seed,
+        use_chat_template: bool = Recipe.use_chat_template,
+        calibration_recipe: str = Recipe.calibration_recipe,
+        protect_first: int | None = Recipe.protect_first,
+        protect_last: int | None = Recipe.protect_last,
+        strategy_options: dict[str, Any] | None = Recipe.strategy_options,
+        **unknown: Any,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in FIELD_NAMES}
+        # The base class drops unknown names that mean something in text generation, such as `top_k`, and keeps others.
+        _refuse_unknown(unknown)
+        super().__init__()
+        for name, value in given.items():
+            setattr(self, name, value)
+        self.strategy_options = _checked_options(self.recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The fields as a frozen, checked value."""
+        return Recipe(**_values(self))
+
+    def __eq__(self, other: object) -> bool:
+        # The base class compares its own fields only, and would call any two of these equal.
+        return isinstance(other, BlockPruningConfig) and _values(self) == _values(other)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields and the versions that wrote them as JSON types; a dataset in memory becomes `None`.
+
+        The plan keeps the fingerprint of such a dataset.
+        """
+        values = _values(self)
+        dataset = values.pop("dataset")
+        return {
+            **deepcopy(values),
+            "dataset": os.fspath(dataset) if isinstance(dataset, (str, os.PathLike)) else None,
+            "block_pruning_version": __version__,
+            "optimum_version": optimum_version,
+            "transformers_version": transformers_version,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns `to_dict()`: a saved configuration states every field, so that later defaults cannot change it."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Builds a configuration from what `to_dict` returned.
+
+        Args:
+            config_dict: Fields by name.
+            **kwargs: Fields that replace those in `config_dict`. A budget replaces any other budget, another strategy
+                the options of the first one. With `return_unused_kwargs=True` names that are no fields are returned.
+
+        Raises:
+            ConfigurationError: A name is unknown, or the fields do not fit.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise ConfigurationError(f"A configuration is a JSON object, not {type(config_dict).__name__}.")
+        unused = None
+        if kwargs.pop("return_unused_kwargs", False):
+            unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in FIELD_NAMES}
+        values = {name: value for name, value in config_dict.items() if name not in _NO_FIELDS}
+        config = cls(**_without_replaced(values, kwargs), **kwargs)
+        return config if unused is None else (config, unused)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Reads a configuration from a folder, a file or a repository on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder with `block_pruning_config.json`, path of a file, or repo id.
+            **kwargs: `revision`, `token`, `cache_dir` and the like; all other names replace fields, see `from_dict`.
+
+        Raises:
+            ConfigurationError: There is no such file, it is no JSON, or its fields do not fit.
+        """
+        source = Path(pretrained_model_name_or_path)
+        if source.suffix == ".json" and not source.is_file():  # else it would be looked for on the Hub
+            raise ConfigurationError(f"There is no file '{source}'.")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            raise ConfigurationError(
+                f"No {CONFIG_FILE} can be read from '{pretrained_model_name_or_path}': {error}"
+            ) from error
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_kwargs: Any
+    ) -> None:
+        """Writes `block_pruning_config.json` into a folder.
+
+        Args:
+            save_directory: The folder; made if it does not exist.
+            push_to_hub: Also upload the file.
+            **hub_kwargs: Arguments of `push_to_hub`; `repo_id` defaults to the name of the folder.
+
+        Raises:
+            ConfigurationError: The attributes were changed to values that do not fit.
+            OutputError: `save_directory` is a file.
+        """
+        if hub_kwargs and not push_to_hub:
+            raise ConfigurationError(f"{', '.join(sorted(hub_kwargs))} only count together with push_to_hub=True.")
+        _checked_options(self.recipe)
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise OutputError(f"'{folder}' is a file; give a folder for {CONFIG_FILE}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / CONFIG_FILE)
+        if push_to_hub:
+            _upload(folder, hub_kwargs.pop("repo_id", folder.resolve().name), **hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, **hub_kwargs: Any) -> Any:
+        """Uploads `block_pruning_config.json`, and only this file, to a repository, which is made if needed.
+
+        Args:
+            repo_id: Repository on the Hub.
+            **hub_kwargs: `private`, `token`, and what `HfApi.upload_folder` takes: `commit_message`, `revision`,
+                `create_pr`.
+
+        Returns:
+            The `CommitInfo` of the upload.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _upload(Path(folder), repo_id, **hub_kwargs)
+
+
+def _upload(
+    folder: Path, repo_id: str, *, token: str | bool | None = None, private: bool | None = None, **commit: Any
+) -> Any:
+    """Uploads the configuration file of `folder`; the base class calls a method that transformers 5 has dropped."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = {"commit_message": f"Upload {CONFIG_FILE}", **commit}
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=CONFIG_FILE, **commit)
+
+
+def _values(config: BlockPruningConfig) -> dict[str, Any]:
+    """Returns the fields of a configuration as they are now."""
+    return {name: getattr(config, name) for name in FIELD_NAMES}
+
+
+def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
+    """Raises for the first name that is no field."""
+    for name in unknown:
+        raise ConfigurationError(f"Unknown field {name!r} in the configuration.{nearest(name, FIELD_NAMES)}")
+
+
+def _checked_options(recipe: Recipe) -> dict[str, Any] | None:
+    """Returns the options that were given, with the types that the strategy declares."""
+    strategy = get_strategy(recipe.strategy)
+    options = build_options(strategy, recipe.strategy_options or {})
+    if recipe.strategy_options is None:
+        return None
+    return {name: getattr(options, name) for name in recipe.strategy_options}
+
+
+def _without_replaced(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that the overrides leave in force."""
+    replaced = set(overrides)
+    if any(overrides.get(name) is not None for name in BUDGET_FIELDS):
+        replaced.update(BUDGET_FIELDS)
+    if overrides.get("strategy", values.get("strategy")) != values.get("strategy"):
+        replaced.add("strategy_options")
+    return {name: value for name, value in values.items() if name not in replaced}

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a model: perplexity on fixed windows, KL to a dense model, speed of prefill and decoding, size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from .calibration import Batch, CalibrationWindows
+from .errors import ConfigurationError, NonFiniteError
+from .runner import evaluating, perplexity_of
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What to measure.
+
+    Attributes:
+        stride: Tokens between the starts of two windows; `None` is the window length, so that windows do not
+            overlap. With a smaller stride every token but the first window's is scored with at least
+            `seqlen - stride` tokens of context.
+        batch_size: Windows per forward pass.
+        speed: Whether to time prefill and decoding (batch of one).
+        decode_tokens: Tokens to generate for the timing.
+    """
+
+    stride: int | None = None
+    batch_size: int = 1
+    speed: bool = True
+    decode_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch_size", "decode_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    windows: CalibrationWindows,
+    spec: EvaluationSpec,
+    *,
+    baseline: PreTrainedModel | None = None,
+) -> dict[str, Any]:
+    """Measures `model` on `windows`.
+
+    Args:
+        model: The model to measure; not changed.
+        windows: Held-out text.
+        spec: What to measure.
+        baseline: A dense model with the same vocabulary; gives the mean KL(baseline || model) in nats per token.
+
+    Returns:
+        JSON types: `perplexity`, `nll` (nats per token), `tokens` (scored), `windows`, `seqlen`, `stride`, `source`,
+        `fingerprint`; `kl` with a baseline; `prefill_tokens_per_second`, `decode_tokens_per_second` where asked;
+        `parameters`, `size_bytes`, `blocks`.
+
+    Raises:
+        NonFiniteError: The loss is NaN or infinite.
+        ConfigurationError: The stride is longer than a window, or the baseline has another vocabulary.
+    """
+    stride = spec.stride or windows.seqlen
+    if stride > windows.seqlen:
+        raise ConfigurationError(f"stride={stride} is longer than a window (seqlen={windows.seqlen}).")
+    if baseline is not None and baseline.config.vocab_size != model.config.vocab_size:
+        raise ConfigurationError(
+            f"KL needs one vocabulary: the baseline has {baseline.config.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}."
+        )
+    nll, kl, tokens = _score(model, baseline, _strided(windows, stride), spec.batch_size)
+    if not nll < float("inf"):
+        raise NonFiniteError(f"The loss on {windows.source} is {nll}; the model is broken or overflows in its dtype.")
+    result = {
+        "source": windows.source,
+        "fingerprint": windows.fingerprint,
+        "windows": windows.num_windows,
+        "seqlen": windows.seqlen,
+        "stride": stride,
+        "tokens": tokens,
+        "nll": nll,
+        "perplexity": perplexity_of(nll),
+        **({} if kl is None else {"kl": kl}),
+        **size_of(model),
+    }
+    if spec.speed:
+        result |= speed_of(model, windows, decode_tokens=spec.decode_tokens)
+    return result
+
+
+def size_of(model: PreTrainedModel) -> dict[str, int]:
+    """`blocks`, `parameters` (shared ones once) and `size_bytes` of the weights in their dtype."""
+    parameters = list(model.parameters())
+    return {
+        "blocks": model.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "size_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    }
+
+
+def speed_of(model: PreTrainedModel, windows: CalibrationWindows, *, decode_tokens: int) -> dict[str, float]:
+    """Times one window's prefill and a greedy generation with the KV cache (batch 1, after a warm-up each).
+
+    Returns:
+        `prefill_tokens_per_second`, `decode_tokens_per_second`.
+    """
+    prompt = windows.input_ids[:1, : min(windows.seqlen, 512)].to(model.device)
+    start = windows.input_ids[:1, :8].to(model.device)
+
+    def prefill() -> None:
+        model(input_ids=prompt, use_cache=False)
+
+    def decode(tokens: int = decode_tokens) -> None:
+        config = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+        model.generate(start, attention_mask=torch.ones_like(start), generation_config=config)
+
+    with torch.no_grad(), evaluating(model):
+        prefill()
+        decode(4)
+        return {
+            "prefill_tokens_per_second": prompt.shape[1] / _seconds(prefill, model.device),
+            "decode_tokens_per_second": decode_tokens / _seconds(decode, model.device),
+        }
+
+
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _strided(windows: CalibrationWindows, stride: int) -> Iterator[tuple[Batch, int]]:
+    """Yields one window at a time with the number of its last predictions that count.
+
+    Windows that overlap are cut from the same running text: the n non-overlapping windows laid end to end.
+    """
+    if stride == windows.seqlen:
+        for batch in windows.batches(1):
+            yield batch, windows.seqlen - 1
+        return
+    if windows.attention_mask is not None:
+        raise ConfigurationError("A stride needs running text; tokenised rows with padding have none.")
+    text = windows.input_ids.flatten()
+    scored_to = 0
+    for start in range(0, len(text) - 1, stride):
+        end = min(start + windows.seqlen, len(text))
+        yield Batch(text[None, start:end]), min(end - max(scored_to, 1), end - start - 1)
+        scored_to = end
+        if end == len(text):
+            return
+
+
+@torch.no_grad()
+def _score(
+    model: PreTrainedModel,
+    baseline: PreTrainedModel | None,
+    parts: Iterator[tuple[Batch, int]],
+    batch_size: int,
+) -> tuple[float, float | None, int]:
+    """Mean NLL, mean KL (None without a baseline) and the number of scored predictions."""
+    nll = kl = torch.zeros((), dtype=torch.float64)
+    count = 0
+    with evaluating(model), evaluating(baseline or model):
+        for batch, last in tqdm(_grouped(parts, batch_size), desc="Evaluating", unit=" batches", leave=False):
+            logits = _predictions(model, batch)
+            scored = _scored(batch, last)
+            count += int(scored.sum())
+            targets = batch.input_ids[:, 1:][scored].to(logits.device)
+            chosen = logits[scored.to(logits.device)].float()
+            nll = nll + F.cross_entropy(chosen, targets, reduction="none").double().sum().cpu()
+            if baseline is not None:
+                truth = _predictions(baseline, batch)[scored.to(baseline.device)].float().to(chosen.device)
+                kl = kl + _kl(truth, chosen)
+    return (nll / count).item(), None if baseline is None else (kl / count).item(), count
+
+
+def _grouped(parts: Iterator[tuple[Batch, int]], batch_size: int) -> Iterator[tuple[Batch, int]]:
+    """Joins neighbouring windows of one shape into batches."""
+    group: list[Batch] = []
+    shape: tuple[int, int] | None = None
+    for batch, last in parts:
+        if group and (len(group) == batch_size or shape != (batch.input_ids.shape[1], last)):
+            yield _joined(group), shape[1]
+            group = []
+        group.append(batch)
+        shape = (batch.input_ids.shape[1], last)
+    if group:
+        yield _joined(group), shape[1]
+
+
+def _joined(group: list[Batch]) -> Batch:
+    ids = torch.cat([batch.input_ids for batch in group])
+    if all(batch.attention_mask is None for batch in group):
+        return Batch(ids)
+    masks = [torch.ones_like(b.input_ids).bool() if b.attention_mask is None else b.attention_mask for b in group]
+    return Batch(ids, torch.cat(masks))
+
+
+def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits [B, S - 1, vocabulary] that predict tokens 1 to S - 1."""
+    device = model.get_input_embeddings().weight.device
+    inputs = batch if device.type == "meta" else batch.to(device)
+    masks = {} if inputs.attention_mask is None else {"attention_mask": inputs.attention_mask.long()}
+    return model(input_ids=inputs.input_ids, use_cache=False, **masks).logits[:, :-1]
+
+
+def _scored(batch: Batch, last: int) -> Tensor:
+    """Bool [B, S - 1] on the CPU: the last `last` predictions, without padding."""
+    windows, length = batch.input_ids.shape
+    scored = (torch.arange(length - 1) >= length - 1 - last).expand(windows, -1)
+    return (
+        scored if batch.attention_mask is None else scored & batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+    )
+
+
+def _kl(truth: Tensor, logits: Tensor) -> Tensor:
+    """Summed KL(truth || model) in nats over rows of logits [n, vocabulary], float64 on the CPU."""
+    rows = F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), reduction="none", log_target=True)
+    return rows.double().sum().cpu()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model and its tokenizer for pruning, after refusing from the configuration alone what cannot be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .architectures import layout_for
+from .errors import BlockPruningError, ConfigurationError, UnsupportedModelError
+
+
+logger = logging.get_logger("optimum.blockprune.loading")
+
+# What configurations, tokenizers and models take alike; everything else in **kwargs is for the model only.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Loads a causal language model in evaluation mode.
+
+    Args:
+        path: Repo id, folder, or a `.gguf` file (the same as its folder with `gguf_file=`).
+        **kwargs: For `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`, `device_map`,
+            `trust_remote_code` (False unless given), `gguf_file`, ...
+
+    Raises:
+        UnsupportedModelError: By the configuration, before any weight is read: not a decoder-only language model,
+            quantised, or in need of `trust_remote_code=True`. By the weights: some are missing.
+        ConfigurationError: The path or repository does not exist or is not a model.
+    """
+    path, kwargs = split_gguf(path, kwargs)
+    config = load_config(path, **hub_arguments(kwargs))
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _explained(error, path) from error
+    # GGUF readers skip tensors that the class computes itself; their own reports are complete.
+    missing = sorted(map(str, info.get("missing_keys") or []))
+    if missing and "gguf_file" not in kwargs:
+        raise UnsupportedModelError(
+            f"The checkpoint '{path}' ('{config.model_type}') lacks {len(missing)} tensors that the model needs, such "
+            f"as {missing[:3]}; they would be random. Get the complete checkpoint."
+        )
+    return dequantised(model).eval()
+
+
+def load_config(path: str | Path, **hub: Any) -> Any:
+    """Loads only the configuration and refuses what cannot be pruned; see `load_model`."""
+    try:
+        config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _explained(error, path) from error
+    layout_for(config)
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation and "gguf_file" not in hub:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation.quant_method
+        raise UnsupportedModelError(
+            f"This '{config.model_type}' checkpoint is quantised ({getattr(method, 'value', method)}). Prune the "
+            "unquantised model (or dequantise this one and save it), then quantise the result."
+        )
+    return config
+
+
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """Loads the tokenizer that lies with a model; `None` if there is none (only text needs one)."""
+    path, kwargs = split_gguf(path, kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **hub_arguments(kwargs)})
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        # Many kinds of failure mean "no usable tokenizer here"; the one that matters is raised when text is given.
+        logger.info(f"No tokenizer was loaded from '{path}': {error}")
+        return None
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Picks the arguments that say where files come from."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def split_gguf(path: str | Path, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Turns a path to a `.gguf` file into its folder and `gguf_file=`; drops arguments that are `None`."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    path = Path(path) if Path(path).exists() else path
+    if isinstance(path, Path) and path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigurationError(f"'{path}' is a file; give a model folder, a repo id or a .gguf file.")
+        return str(path.parent), {**kwargs, "gguf_file": path.name}
+    return str(path), kwargs
+
+
+def dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Clears the quantisation marker of a model that was read from GGUF: its weights are ordinary tensors by then."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if getattr(method, "value", method) == "gguf":
+        model.hf_quantizer = None
+        for name in ("is_quantized", "quantization_method"):
+            if hasattr(model, name):
+                delattr(model, name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model
+
+
+def _explained(error: Exception, path: str | Path) -> BlockPruningError:
+    """Says in one line what a failed load needs."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UnsupportedModelError(
+            f"'{path}' runs code from its repository. Read that code, then pass trust_remote_code=True "
+            "(--trust-remote-code) if you trust it."
+        )
+    if isinstance(error, BlockPruningError):
+        return error
+    if isinstance(error, ImportError):
+        return ConfigurationError(f"Loading '{path}' needs a package that is not installed: {text}")
+    return ConfigurationError(f"'{path}' cannot be loaded as a model: {text.strip()}")

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to the residual stream between two blocks: tensor functions and streaming sums, all fp64.
+
+Boundary p is the residual stream before block p; boundary T is the output of the last block. `PairMoments` compares
+all boundaries with each other, coordinate by coordinate; `BoundaryDistance` those a fixed number of blocks apart.
+Sums live on the device of the first states they see; nothing is read back from it before the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .calibration import Batch
+from .errors import NonFiniteError
+
+
+# Coordinates worked on at a time: the fp64 working copies hold this many rows of [T+1, n].
+_COLUMNS = 64
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """Flat positions in [B * S] of the tokens that are not padding, ascending, on the CPU."""
+    return _mask(batch).flatten().nonzero().squeeze(1)
+
+
+def content_mask(batch: Batch) -> Tensor:
+    """[B, S] bool: real tokens without the first one of each window, whose activations are massive (our choice)."""
+    mask = _mask(batch)
+    return mask & (mask.cumsum(1) > 1)
+
+
+def last_tokens(batch: Batch) -> Tensor:
+    """Flat positions in [B * S] of the last token of each window that is not padding, on the CPU."""
+    mask = _mask(batch)
+    length = mask.shape[1]
+    column = torch.where(mask, torch.arange(length), -1).amax(1)
+    return (torch.arange(len(mask)) * length + column)[column >= 0]
+
+
+def _mask(batch: Batch) -> Tensor:
+    if batch.attention_mask is None:
+        return torch.ones(batch.input_ids.shape, dtype=torch.bool)
+    return batch.attention_mask.cpu().bool()
+
+
+class PairMoments:
+    """Means and covariances of all boundary states with each other, per coordinate, streamed in fp64.
+
+    Holds d (T+1)^2 products. Values are taken relative to the median of the first chunk: this keeps large offsets
+    (massive activations) from drowning the differences, and a constant coordinate has variance exactly 0.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift = self._sums = self._products = torch.empty(0)
+
+    @property
+    def stored_values(self) -> int:
+        """Number of values held."""
+        return self._shift.numel() + self._sums.numel() + self._products.numel()
+
+    def add(self, states: Tensor, transform: Callable[[Tensor], Tensor] = Tensor.double) -> None:
+        """Adds a chunk.
+
+        Args:
+            states: [T+1, n, d].
+            transform: Maps [c, T+1, n] (some coordinates) to what is to be averaged, fp64 and of the same shape.
+        """
+        boundaries, tokens, width = states.shape
+        first = self.count == 0
+        if first:
+            self._sums = fp64_zeros(states, width, boundaries)
+            self._shift = torch.zeros_like(self._sums)
+            self._products = fp64_zeros(states, width, boundaries, boundaries)
+        for part in _column_parts(width):
+            values = transform(states[:, :, part].to(self._sums.device).permute(2, 0, 1))
+            if first:
+                self._shift[part] = values.sort(-1).values[..., tokens // 2]
+            values = values - self._shift[part].unsqueeze(-1)
+            self._sums[part] += values.sum(-1)
+            self._products[part] += values @ values.mT
+        self.count += tokens
+
+    def average(self, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Mean over coordinates of `score(mean [c, T+1], covariance [c, T+1, T+1])`, upper triangle only."""
+        width, boundaries = self._sums.shape
+        total = torch.zeros(boundaries, boundaries, dtype=torch.float64, device=self._sums.device)
+        for part in _column_parts(width):
+            offset = self._sums[part] / self.count
+            covariance = self._products[part] / self.count - offset.unsqueeze(-1) * offset.unsqueeze(-2)
+            total += score(self._shift[part] + offset, covariance).sum(0)
+        return (total / width).triu(1)
+
+
+def dpi_violation_rate(scores: Tensor, tolerance: float = 1e-9) -> float:
+    """Share of boundary triples a < b < c with M[a,c] > min(M[a,b], M[b,c]) + tolerance; 0 if there is no triple.
+
+    The data-processing inequality (arXiv 2601.07212, Eq. 2) forbids them for true mutual information along a Markov
+    chain; a surrogate score may break it.
+
+    Args:
+        scores: M [T+1, T+1], as `RunEstimator.all_runs` returns it.
+        tolerance: Same unit as the scores.
+    """
+    places = torch.arange(len(scores), device=scores.device)
+    ordered = (places[:, None, None] < places[:, None]) & (places[:, None] < places)
+    bound = torch.minimum(scores.unsqueeze(2), scores.unsqueeze(0))
+    violated = ordered & (scores.unsqueeze(1) > bound + tolerance)
+    return int(violated.sum()) / max(1, math.comb(len(scores), 3))
+
+
+class BoundaryDistance:
+    """Mean distance between each boundary and the one `gap` blocks later, streamed; holds `gap` states of one batch.
+
+    Args:
+        gap: Number of blocks in between, at least 1.
+        distance: Maps two sets of states [m, d] to m distances.
+    """
+
+    def __init__(self, gap: int, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._gap = gap
+        self._distance = distance
+        self._recent: deque[Tensor] = deque()
+        self._sums: dict[int, Tensor] = {}
+        self._tokens = torch.empty(0)
+        self.count = 0
+
+    def begin(self, tokens: Tensor) -> None:
+        """Starts a batch; `tokens` are flat positions in its [B * S]."""
+        self._recent.clear()
+        self._tokens = tokens
+        self.count += len(tokens)
+
+    def visit(self, position: int, hidden: Tensor) -> None:
+        """Takes the boundary states [B, S, d] of the batch, in order of `position`."""
+        self._tokens = self._tokens.to(hidden.device)
+        states = hidden.flatten(0, 1).index_select(0, self._tokens)
+        self._recent.append(states)
+        if len(self._recent) > self._gap:
+            start = position - self._gap
+            distances = self._distance(self._recent.popleft().to(states.device), states)
+            total = distances.to(_fp64_device(distances.device)).double().sum()
+            self._sums[start] = self._sums[start] + total if start in self._sums else total
+
+    def means(self) -> list[float]:
+        """Entry a: mean distance between boundaries a and a + gap."""
+        return [float(self._sums[start]) / self.count for start in sorted(self._sums)]
+
+
+def block_influence(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cos of states [m, d], 0 to 2 (ShortGPT, arXiv 2403.03853), as |u - v|^2 / 2 of the unit vectors.
+
+    The difference keeps the precision that 1 - cos loses where the states are nearly equal.
+    """
+    return (_unit(before) - _unit(after)).square().sum(-1) / 2
+
+
+def angular_distance(before: Tensor, after: Tensor) -> Tensor:
+    """arccos(cos) / pi of states [m, d], 0 to 1 (Gromov et al., arXiv 2403.17887), without the arccos.
+
+    2 atan2(|u - v|, |u + v|) is the same angle, precise where the states are nearly equal.
+    """
+    u, v = _unit(before), _unit(after)
+    return torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) * (2 / math.pi)
+
+
+def half_ranks(values: Tensor) -> Tensor:
+    """Twice the mean rank along the last dimension, less one: whole numbers 1 to 2n - 1; equal values are equal."""
+    count = values.shape[-1]
+    ordered, order = values.sort(dim=-1)
+    differs = ordered[..., 1:] != ordered[..., :-1]
+    opens = F.pad(differs, (1, 0), value=True)
+    closes = F.pad(differs, (0, 1), value=True)
+    place = torch.arange(count, device=values.device).expand(values.shape)
+    first = torch.where(opens, place, 0).cummax(-1).values
+    last = torch.where(closes, place, count).flip(-1).cummin(-1).values.flip(-1)
+    return torch.empty_like(order).scatter_(-1, order, first + last + 1)
+
+
+def normal_scores(values: Tensor) -> Tensor:
+    """Phi^-1((mean rank - 1/2) / n) along the last dimension, fp64."""
+    count = values.shape[-1]
+    quantiles = torch.arange(2 * count, dtype=torch.float64, device=values.device) / (2 * count)
+    return torch.special.ndtri(quantiles)[half_ranks(values)]
+
+
+def raise_non_finite(diagnose: Callable[[Batch], None], batches: Iterable[Batch]) -> NoReturn:
+    """Ends a measurement that came out as NaN or infinity: `diagnose` may name the block, batch by batch.
+
+    Raises:
+        NonFiniteError: Always.
+    """
+    for batch in batches:
+        diagnose(batch)
+    raise NonFiniteError(
+        "NaN or infinity appeared in the hidden states, although no block alone shows it. Check the weights, or load "
+        "the model in another dtype (float16 overflows where bfloat16 and float32 do not)."
+    )
+
+
+def _unit(states: Tensor) -> Tensor:
+    return F.normalize(states.double() if states.dtype == torch.float64 else states.float(), dim=-1)
+
+
+def _fp64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def fp64_zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros in fp64 near `like`; Apple GPUs have no fp64, their statistics are kept on the CPU."""
+    return torch.zeros(shape, dtype=torch.float64, device=_fp64_device(like.device))
+
+
+def _column_parts(width: int) -> Iterator[slice]:
+    return (slice(start, start + _COLUMNS) for start in range(0, width, _COLUMNS))

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BlockPruner`: loads, calibrates, lets a strategy choose, cuts, proves, saves. It directs and decides nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from optimum.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .blocks import find_blocks
+from .calibration import CalibrationWindows, WindowSpec
+from .card import model_card
+from .choosing import choose, num_to_remove, window_spec, windows_for
+from .config import BlockPruningConfig
+from .environment import peak_memory, versions
+from .errors import CalibrationError, ConfigurationError, PlanError
+from .evaluation import EvaluationSpec, evaluate_model, size_of
+from .gate import Expectation, apply_proven, check_mode, expect, prove_folder, require_proof
+from .loading import dequantised, load_model, load_tokenizer
+from .plan import PruningPlan
+from .report import PruningReport
+from .saving import atomic_folder, check_output
+
+
+logger = logging.get_logger("optimum.blockprune")
+
+
+class BlockPruner:
+    """Removes transformer blocks from a causal language model and proves that the result is right.
+
+    Args:
+        model: A loaded causal `PreTrainedModel`; it is pruned in place, where it lies.
+        config: What to remove and how to choose it; may also be given to `make_plan` and `prune`.
+        tokenizer: Needed to calibrate on text, and saved with the result.
+
+    Example:
+        >>> pruner = BlockPruner.from_pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+        >>> config = BlockPruningConfig(strategy="sleb", num_blocks=4, dataset="wikitext2")  # doctest: +SKIP
+        >>> model = pruner.prune(save_dir="smollm2-26-blocks", config=config)  # doctest: +SKIP
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned exactly, or not in the form in which it was loaded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: BlockPruningConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.model = dequantised(model)
+        find_blocks(self.model)
+        self.config = config or BlockPruningConfig()
+        self.tokenizer = tokenizer
+        self.plan: PruningPlan | None = None
+        self.report = PruningReport()
+        self._source: str | None = None
+        self._expected: Expectation | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: PreTrainedModel | str | Path,
+        config: BlockPruningConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        **kwargs: Any,
+    ) -> BlockPruner:
+        """Loads a model, and the tokenizer beside it unless one is given.
+
+        Args:
+            model_or_path: Repo id, folder, `.gguf` file, or a loaded model.
+            config: See the class.
+            tokenizer: A tokenizer, or where to load it from.
+            **kwargs: For `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`, `device_map`,
+                `gguf_file`, `trust_remote_code` (False unless given), ...
+
+        Raises:
+            UnsupportedModelError: The model cannot be pruned; found out from its configuration where possible.
+            ConfigurationError: There is no such model, or arguments were given for a model that is loaded already.
+        """
+        if isinstance(model_or_path, (str, Path)):
+            report = PruningReport()
+            with report.timed("load"):
+                model = load_model(model_or_path, **kwargs)
+                tokenizer = _tokenizer(model_or_path if tokenizer is None else tokenizer, kwargs)
+            pruner = cls(model, config, tokenizer)
+            pruner.report, pruner._source = report, str(model_or_path)
+            return pruner
+        if kwargs:
+            raise ConfigurationError(f"The model is loaded already; {', '.join(sorted(kwargs))} would be ignored.")
+        return cls(model_or_path, config, _tokenizer(tokenizer, {}))
+
+    def score(self, config: BlockPruningConfig | None = None) -> dict[int, float]:
+        """Returns the strategy's score of every block it may remove, measured on the dense model.
+
+        What a score means belongs to the strategy (SLEB: mean NLL without the block, low ones go first); strategies
+        that measure nothing return nothing. The model, `plan` and `report` stay as they are.
+        """
+        recipe = (config or self.config).recipe
+        plan = choose(self.model, recipe, self.tokenizer, PruningReport(), num_remove=1)
+        return {int(block): score for block, score in plan.scores.items()}
+
+    def make_plan(self, config: BlockPruningConfig | None = None) -> PruningPlan:
+        """Lets the strategy choose; the model stays bit-identical. The plan is returned and kept in `plan`.
+
+        Raises:
+            ConfigurationError: Strategy, option or budget do not fit; raised before any text is read.
+            CalibrationError: The calibration text is missing, too short or does not fit the tokenizer.
+            NonFiniteError: The model gives NaN or infinity on this text.
+        """
+        self.config = config or self.config
+        self.plan = choose(self.model, self.config.recipe, self.tokenizer, self.report, base_model=self._source)
+        return self.plan
+
+    def prune(
+        self,
+        save_dir: str | Path | None = None,
+        config: BlockPruningConfig | None = None,
+        plan: PruningPlan | None = None,
+        *,
+        overwrite: bool = False,
+        verify: str = "logits",
+    ) -> PreTrainedModel:
+        """Chooses blocks (unless a plan says which), removes them in place, proves the result and saves it.
+
+        Args:
+            save_dir: Folder for the checkpoint; nothing is written without it.
+            config: Replaces the configuration of this pruner.
+            plan: Blocks to remove; needs no data.
+            overwrite: Whether `save_dir` may be replaced.
+            verify: How the saved folder is proven: `"logits"`, `"keys"` (meta device) or `"off"`.
+
+        Returns:
+            The pruned model: the same object, on the device where it was.
+
+        Raises:
+            BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C.
+        """
+        self.config = config or self.config
+        check_mode(verify)
+        if save_dir is not None:
+            self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
+        plan = plan or self.make_plan()
+        before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
+        with self.report.timed("surgery"):
+            expected = expect(self.model, plan)
+            sizes = size_of(self.model)
+            journal = apply_proven(self.model, plan, expected)
+        try:
+            self.plan, self._expected = plan, expected
+            self._record(plan, sizes)
+            if save_dir is not None:
+                self.save_pretrained(save_dir, overwrite=overwrite, verify=verify)
+        except BaseException:
+            journal.rollback()
+            self._expected, self.report = before
+            raise
+        return self.model
+
+    def check_save(
+        self,
+        save_directory: str | Path,
+        *,
+        plan: PruningPlan | None = None,
+        overwrite: bool = False,
+        verify: str = "logits",
+    ) -> None:
+        """Refuses now what would make `save_pretrained` fail after the search; `prune(save_dir)` calls it itself.
+
+        Raises:
+            OutputError: The folder exists, may not be written, or the disk has no room for the result.
+            ConfigurationError: The generation configuration is one that transformers refuses to save.
+            UnsupportedModelError: `verify` is too weak for this architecture.
+        """
+        check_mode(verify)
+        require_proof(self.model.config, verify)
+        check_output(save_directory, overwrite=overwrite, needed_bytes=self._bytes_after(plan))
+        generation = getattr(self.model, "generation_config", None)
+        if generation is not None:
+            try:
+                generation.validate(strict=True)
+            except ValueError as error:
+                raise ConfigurationError(f"model.generation_config cannot be saved; mend it first: {error}") from error
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+        verify: str = "logits",
+    ) -> Path:
+        """Writes an ordinary checkpoint with tokenizer, plan, report, configuration and card; proves it by reloading.
+
+        Args:
+            save_directory: The folder; appears only when it is whole and proven.
+            max_shard_size: As in transformers.
+            overwrite: Whether an existing folder may be replaced.
+            verify: See `prune`.
+
+        Raises:
+            PlanError: Nothing was pruned yet.
+            OutputError: The folder exists, may not be written, or the disk is full.
+            VerificationError: The reloaded checkpoint is not the model; nothing is left of it.
+        """
+        if self._expected is None:
+            raise PlanError("There is nothing to save yet: call prune() first.")
+        check_mode(verify)
+        require_proof(self.model.config, verify)
+        with self.report.timed("save"), atomic_folder(save_directory, overwrite=overwrite) as folder:
+            logger.info(f"Saving to '{save_directory}'")
+            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            prove_folder(folder, self.model, self._expected, verify)
+            self.report.verification = {"mode": verify, "passed": verify != "off"}
+            self.config.save_pretrained(folder)
+            self.plan.save(folder)
+            self.report.peak_memory_bytes = peak_memory(self.model)
+            self.report.save(folder)
+            card = model_card(self.plan, self.report, title=Path(save_directory).name)
+            (folder / "README.md").write_text(str(card), encoding="utf-8")
+        return Path(save_directory)
+
+    def evaluate(
+        self,
+        dataset: Any = None,
+        *,
+        num_samples: int | None = None,
+        spec: EvaluationSpec | None = None,
+        baseline: PreTrainedModel | str | Path | None = None,
+        label: str | None = None,
+    ) -> dict[str, Any]:
+        """Measures the model as it is now: perplexity on fixed windows, speed, size; KL where a baseline is given.
+
+        Args:
+            dataset: Held-out text, as for `BlockPruningConfig.dataset`; without it the configuration's own, which
+                is what the blocks were chosen on.
+            num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text (of the test
+                split, for a named data set) unless given.
+            spec: Stride, batch size, speed.
+            baseline: The dense model, for the mean KL(dense || this) in nats per token.
+            label: Name in the report; `"dense"` before and `"pruned"` after pruning unless given.
+
+        Returns:
+            See `evaluation.evaluate_model`; also appended to `report.evaluations`.
+        """
+        dataset = self.config.dataset if dataset is None else dataset
+        if dataset is None:
+            raise CalibrationError("There is no text to evaluate on: give dataset=... (--dataset PATH).")
+        wanted = window_spec(self.config.recipe, num_samples=num_samples, recipe="windows", split="test")
+        text = self._windows(dataset, wanted)
+        if isinstance(baseline, (str, Path)):
+            baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
+        with self.report.timed("evaluation"):
+            result = evaluate_model(self.model, text, spec or EvaluationSpec(), baseline=baseline)
+        pruned = getattr(self.model.config, "block_pruning", None)
+        result = {"label": label or ("pruned" if pruned else "dense"), **result}
+        self.report.evaluations.append(result)
+        return result
+
+    def _bytes_after(self, plan: PruningPlan | None) -> int:
+        """Size of the result on disk, as far as it is known before the blocks are chosen."""
+        removed = num_to_remove(self.model, self.config.recipe) if plan is None else len(plan.removed_blocks)
+        blocks = find_blocks(self.model).blocks
+        sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
+        return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
+
+    def _windows(self, dataset: Any, spec: WindowSpec) -> CalibrationWindows:
+        return windows_for(self.model, dataset, self.tokenizer, spec)
+
+    def _record(self, plan: PruningPlan, before: dict[str, int]) -> None:
+        """Writes what was done into the report."""
+        after = size_of(self.model)
+        report = self.report
+        report.requested = dict(plan.requested)
+        report.strategy = plan.strategy
+        report.removed_blocks = list(plan.removed_blocks)
+        report.calibration = dict(plan.calibration) if plan.calibration else None
+        report.strategy_details = dict(plan.details)
+        report.achieved = {
+            f"{name}_{when}": sizes[name]
+            for name in ("blocks", "parameters")
+            for when, sizes in (("before", before), ("after", after))
+        }
+        report.achieved |= {f"{name}_removed": 1 - after[name] / before[name] for name in ("blocks", "parameters")}
+        report.device = str(self.model.device)
+        report.dtype = str(self.model.dtype).removeprefix("torch.")
+        report.versions = versions()
+
+
+def _tokenizer(source: Any, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(source, **kwargs) if isinstance(source, (str, Path)) else source

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: every field of a configuration, its default, its help text and its rules, in one place.
+
+`BlockPruningConfig` takes its fields from here, the command line its flags, the documentation its table. A recipe says
+*what* is wanted; device, dtype and everything else that does not change the result is no part of it. Whether the
+strategy exists and knows its options is the registry's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
+from typing import Any
+
+from .errors import ConfigurationError, nearest
+
+
+DEFAULT_SPARSITY = 0.2
+BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params")
+CALIBRATION_RECIPES = ("windows", "sleb")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to remove, how to choose it, and on which text; checked once, when it is made.
+
+    Raises:
+        ConfigurationError: A field has an impossible value, or more than one budget is given.
+    """
+
+    strategy: str = field(
+        default="sleb",
+        metadata={"help": "Name of the strategy that chooses the blocks; `strategies` lists the installed ones."},
+    )
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: fraction of the blocks to remove, between 0 and 1, rounded up to whole blocks. "
+            f"Without any budget: {DEFAULT_SPARSITY}."
+        },
+    )
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "Budget: number of blocks to remove.", "minimum": 1}
+    )
+    target_params: int | None = field(
+        default=None,
+        metadata={"help": "Budget: number of parameters that the pruned model may have at most.", "minimum": 1},
+    )
+    dataset: Any = field(
+        default=None,
+        metadata={
+            "help": "Text to measure the model on: wikitext2, c4, alpaca, or the path of a .txt, .jsonl or .parquet "
+            "file; in Python also a list of strings, a list of tokenized dicts or a datasets.Dataset."
+        },
+    )
+    dataset_text_field: str | None = field(
+        default=None, metadata={"help": "Column of the dataset that holds the text; found by itself if not given."}
+    )
+    num_samples: int = field(default=128, metadata={"help": "Number of windows of text.", "minimum": 1})
+    seqlen: int = field(
+        default=2048,
+        metadata={
+            "help": "Tokens per window, clipped to what the model can read.",
+            "minimum": 2,  # one token to read and one to predict
+        },
+    )
+    batch_size: int = field(default=1, metadata={"help": "Windows per forward pass.", "minimum": 1})
+    seed: int = field(default=0, metadata={"help": "Seed of every random choice.", "minimum": 0})
+    use_chat_template: bool = field(
+        default=False, metadata={"help": "Format conversations with the chat template of the tokenizer."}
+    )
+    calibration_recipe: str = field(
+        default="windows",
+        metadata={
+            "help": "How text becomes windows: 'windows' cuts num_samples of them; 'sleb' does as the authors of SLEB "
+            "do and cuts num_samples shuffled rows, joined, which gives only a few.",
+            "choices": CALIBRATION_RECIPES,
+        },
+    )
+    protect_first: int | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks at the input end that are never removed; if not given, the strategy decides.",
+            "minimum": 0,
+        },
+    )
+    protect_last: int | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks at the output end that are never removed; if not given, the strategy decides.",
+            "minimum": 0,
+        },
+    )
+    strategy_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Options of the strategy, by name; each strategy documents its own."}
+    )
+
+    def __post_init__(self) -> None:
+        _check_budget(self)
+        for count in fields(self):
+            if "minimum" in count.metadata:
+                _check_whole_number(count, getattr(self, count.name))
+        _check_texts(self)
+        _check_options(self.strategy_options)
+
+    @property
+    def requested(self) -> dict[str, float | int]:
+        """The one budget that was given, else the default: `{"sparsity": 0.2}`."""
+        given = {name: getattr(self, name) for name in BUDGET_FIELDS if getattr(self, name) is not None}
+        return given or {"sparsity": DEFAULT_SPARSITY}
+
+    def budget_blocks(
+        self, num_blocks: int, removable: Sequence[int], *, block_params: Sequence[int], total_params: int
+    ) -> int:
+        """Turns the budget into the number of blocks to remove from one model.
+
+        Args:
+            num_blocks: Number of blocks of the model.
+            removable: Indices of the blocks that may go, ascending.
+            block_params: Parameters that go with each of the `num_blocks` blocks.
+            total_params: Parameters of the whole model.
+
+        Raises:
+            ConfigurationError: More blocks are asked for than may go, or the model is already small enough.
+        """
+        (name, value), *_ = self.requested.items()
+        # A plan keeps at least one block, even where nothing is protected.
+        limit = min(len(removable), num_blocks - 1)
+        if name == "target_params":
+            return _blocks_for_target(value, sorted(block_params[i] for i in removable)[:limit], total_params)
+        count = value
+        if name == "sparsity":
+            # The decimal that the user typed, not its binary neighbour: 0.07 of 100 blocks is 7, not 8.
+            count = math.ceil(num_blocks * Fraction(str(value)))
+        if count <= limit:
+            return count
+        largest = {"sparsity": math.floor(limit / num_blocks * 10_000) / 10_000, "num_blocks": limit}[name]
+        allowed = f"The largest possible {name} is {largest}." if limit > 0 else "No block may go."
+        raise ConfigurationError(
+            f"{name}={value} asks to remove {count} of {num_blocks} blocks, but only {limit} may go: "
+            f"{_why_blocks_stay(num_blocks, removable)}. {allowed}"
+        )
+
+
+def _blocks_for_target(target: int, sizes: Sequence[int], total_params: int) -> int:
+    """Counts the blocks, smallest first, that bring a model of `total_params` down to `target`.
+
+    Counting the smallest ones makes every choice of that many blocks reach the target.
+    """
+    if target >= total_params:
+        raise ConfigurationError(
+            f"target_params={target:,} leaves nothing to remove: the model has {total_params:,} parameters."
+        )
+    rest = total_params
+    for count, size in enumerate(sizes, start=1):
+        rest -= size
+        if rest <= target:
+            return count
+    raise ConfigurationError(
+        f"target_params={target:,} cannot be reached: removing the {len(sizes)} blocks that may go leaves {rest:,} of "
+        f"{total_params:,} parameters. The smallest target_params that every choice of blocks reaches is {rest:,}."
+    )
+
+
+def _why_blocks_stay(num_blocks: int, removable: Sequence[int]) -> str:
+    """Says which blocks are protected, in the words of the two fields that protect them."""
+    if not removable:
+        return f"all {num_blocks} are protected (protect_first, protect_last)"
+    first, last = removable[0], num_blocks - 1 - removable[-1]
+    between = num_blocks - len(removable) - first - last
+    if not first + last + between:
+        return "one block must stay"
+    inner = f" and {between} in between" if between else ""
+    return f"the first {first}, the last {last}{inner} are protected (protect_first, protect_last)"
+
+
+def _check_budget(recipe: Recipe) -> None:
+    """Allows one budget, and a sparsity strictly between 0 and 1."""
+    given = [f"{name}={getattr(recipe, name)!r}" for name in BUDGET_FIELDS if getattr(recipe, name) is not None]
+    if len(given) > 1:
+        raise ConfigurationError(f"Give one budget, not {len(given)}: {' and '.join(given)}.")
+    sparsity = recipe.sparsity
+    if sparsity is None:
+        return
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+        raise ConfigurationError(f"sparsity must be a number between 0 and 1, not {sparsity!r}.")
+    if not 0 < sparsity < 1:
+        raise ConfigurationError(
+            f"sparsity={sparsity!r} is not between 0 and 1, both excluded: it is the fraction of the blocks to remove "
+            "(0.25 for a quarter). For a count of blocks use num_blocks."
+        )
+
+
+def _check_whole_number(count: Field[Any], value: Any) -> None:
+    """Allows an `int` that is not too small; `True` and `3.0` are no counts."""
+    if value is None and count.default is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(f"{count.name} must be a whole number, not {value!r}.")
+    minimum = count.metadata["minimum"]
+    if value < minimum:
+        raise ConfigurationError(f"{count.name}={value} is too small; the smallest value is {minimum}.")
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Checks the names and the switch; a dataset may be any object, `calibration` reads it."""
+    if not isinstance(recipe.strategy, str) or not recipe.strategy:
+        raise ConfigurationError(f"strategy must be the name of a strategy, not {recipe.strategy!r}.")
+    if isinstance(recipe.dataset, str) and not recipe.dataset:
+        raise ConfigurationError("dataset is an empty string; give a name or a path, or leave it out.")
+    column = recipe.dataset_text_field
+    if column is not None and (not isinstance(column, str) or not column):
+        raise ConfigurationError(f"dataset_text_field must be the name of a column, not {column!r}.")
+    if not isinstance(recipe.use_chat_template, bool):
+        raise ConfigurationError(f"use_chat_template must be True or False, not {recipe.use_chat_template!r}.")
+    name = recipe.calibration_recipe
+    if name not in CALIBRATION_RECIPES:
+        raise ConfigurationError(f"Unknown calibration_recipe {name!r}.{nearest(str(name), CALIBRATION_RECIPES)}")
+
+
+def _check_options(options: Any) -> None:
+    """Allows a dict with string keys; the registry checks keys and values against the strategy."""
+    if options is None:
+        return
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ConfigurationError(
+            f"strategy_options must be a dict of option names and values, not {options!r} "
+            "(on the command line: --strategy-option key=value)."
+        )

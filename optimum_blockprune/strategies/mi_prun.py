@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MI-PRUN: runs of blocks whose input and output share the most information (arXiv 2601.07212), in one pass.
+
+The paper leaves open how mutual information is estimated, on which tokens and how many; what is used here is our
+choice throughout (see `optimum_blockprune.estimators`). All T(T+1)/2 runs are scored at once, so the search looks
+scores up instead of measuring; it is kept because it, too, is the published method.
+
+What is not covered: the authors' numbers. They cannot be reproduced from the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from optimum.utils import logging
+from torch import Tensor
+
+from ..calibration import Batch, CalibrationWindows
+from ..errors import CalibrationError, ConfigurationError, nearest
+from ..estimators import GaussianCopula, Histogram, IdentityDecoder, RunEstimator
+from ..measures import content_mask, dpi_violation_rate, raise_non_finite
+from ..plan import PruningPlan
+from .base import PruningStrategy, SearchContext
+from .selection import RunScore, Selection, best_disjoint_runs, fast_block_select
+
+
+logger = logging.get_logger("optimum.blockprune.mi_prun")
+
+SEARCHES = ("fast", "dp")
+
+
+@dataclass(frozen=True)
+class MIPrunOptions:
+    """Options of MI-PRUN.
+
+    Attributes:
+        estimator: `"gaussian_copula"`, `"histogram"` (the most literal reading), or `"identity_decoder"`, which sees
+            sign, scale and shift and is ours; see `optimum_blockprune.estimators`.
+        select: `"fast"` is the paper's Fast-Block-Select. `"dp"` is the exact optimum over disjoint runs: of the sum
+            of run scores (with mutual information it breaks the removal into many short runs), or, with
+            `"identity_decoder"`, of the additive damage D_add, which is the sensible combination.
+        k: Extra candidates per run length (Eq. 6); the paper gives no value, 5 fits its Figure 2.
+        max_tokens: Tokens to measure on, an even share of every window, chosen by the seed.
+        chunk_tokens: Tokens whose hidden states are held at once, and among which ranks are taken.
+        bins: Bins per axis of `"histogram"`.
+        coordinates: Hidden coordinates that `"histogram"` looks at, chosen by the seed.
+    """
+
+    estimator: str = "gaussian_copula"
+    select: str = "fast"
+    k: int = 5
+    max_tokens: int = 32768
+    chunk_tokens: int = 2048
+    bins: int = 32
+    coordinates: int = 64
+
+    def __post_init__(self) -> None:
+        for name, known in (("estimator", ESTIMATORS), ("select", SEARCHES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigurationError(f"Unknown {name} {value!r} for mi_prun.{nearest(str(value), known)}")
+        least = {"k": 1, "max_tokens": 2, "chunk_tokens": 2, "bins": 2, "coordinates": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigurationError(f"{name}={value!r} of mi_prun must be a whole number of at least {minimum}.")
+
+
+ESTIMATORS: dict[str, Callable[[MIPrunOptions, int], RunEstimator]] = {
+    "gaussian_copula": lambda options, seed: GaussianCopula(),
+    "histogram": lambda options, seed: Histogram(options.bins, options.coordinates, seed),
+    "identity_decoder": lambda options, seed: IdentityDecoder(),
+}
+
+
+class MIPrun(PruningStrategy):
+    """Removes runs of blocks whose output says most about their input (MI-PRUN).
+
+    1. One forward pass: the residual stream before and after every block, at some tokens of every window. Padding and
+       the first token of each window, with its massive activations, are left out (our choice).
+    2. The estimator scores all runs: state before the run against state after it, same token.
+    3. The search chooses runs with `num_remove` blocks in all. No block is protected, as in the paper.
+
+    Nothing is measured again after a removal. The plan lists the blocks of the best run first.
+
+    Memory: (T + 1) x `chunk_tokens` x d hidden values in the model's own precision, and the estimator's sums, about
+    d (T + 1)^2 in fp64 (`histogram`: `coordinates` x T (T + 1) / 2 x `bins`^2 counts); `stored_values` in the plan.
+    """
+
+    name: ClassVar[str] = "mi_prun"
+    Options: ClassVar[type] = MIPrunOptions
+
+    def select(self, context: SearchContext) -> PruningPlan:
+        """See the class.
+
+        Raises:
+            CalibrationError: The windows hold fewer than 2 usable tokens.
+            NonFiniteError: A hidden state is NaN or infinite.
+        """
+        options: MIPrunOptions = context.options
+        estimator = ESTIMATORS[options.estimator](options, context.seed)
+        chunk = _measure(context, estimator)
+        scores = estimator.all_runs()
+        blocks = scores.diagonal(1).tolist()
+        selection = _search(context, estimator, scores=scores, block_scores=blocks)
+        details = {
+            "estimator": options.estimator,
+            "select": options.select,
+            "block_scores": blocks,
+            "runs": [
+                {"start": run.start, "length": run.length, "score": score}
+                for run, score in zip(selection.runs, selection.scores, strict=True)
+            ],
+            "evaluations": selection.evaluations,
+            "dpi_violation_rate": dpi_violation_rate(scores),
+            "tokens": chunk.tokens,
+            "stored_values": chunk.stored_values + estimator.stored_values,
+        }
+        return context.plan(selection.order, steps=selection.iterations, details=details)
+
+
+def _search(
+    context: SearchContext, estimator: RunEstimator, *, scores: Tensor, block_scores: list[float]
+) -> Selection:
+    budget: dict[str, Any] = {"removable": context.removable, "num_remove": context.num_remove}
+    if context.options.select == "dp":
+        if not isinstance(estimator, IdentityDecoder):
+            logger.warning(
+                "select='dp' maximises a sum of mutual information, which favours many single blocks over runs that "
+                "fit together. Use estimator='identity_decoder' with it, or select='fast'."
+            )
+        return best_disjoint_runs(_lookup(estimator.additive_runs()), **budget)
+    return fast_block_select(block_scores, _lookup(scores), k=context.options.k, **budget)
+
+
+def _lookup(scores: Tensor) -> RunScore:
+    table = scores.tolist()
+    return lambda start, length: table[start][start + length]
+
+
+def _measure(context: SearchContext, estimator: RunEstimator) -> _Chunk:
+    """Streams the windows through the model and the estimator; returns the emptied chunk with its totals."""
+    windows = context.require_windows()
+    sampler = _Sampler(windows, context.options, seed=context.seed)
+    capacity = min(sampler.windows_per_chunk, windows.num_windows) * sampler.share
+    chunk = _Chunk(context.runner.num_blocks + 1, capacity, estimator=estimator)
+    batch_size = _power_of_two(min(context.batch_size, sampler.windows_per_chunk))
+    seen = 0
+    with context.progress(windows.num_windows, "MI-PRUN") as bar:
+        for batch in windows.batches(batch_size):
+            chunk.begin(sampler.choose(batch))
+            context.runner.stream(batch, chunk.visit)
+            seen += len(batch.input_ids)
+            bar.update(len(batch.input_ids))
+            if seen % sampler.windows_per_chunk == 0:
+                chunk.flush()
+    chunk.flush()
+    if chunk.tokens < 2:
+        raise CalibrationError(
+            f"mi_prun found {chunk.tokens} usable tokens in {windows.num_windows} windows: padding and the first "
+            "token of each window do not count. Give more text or a longer seqlen."
+        )
+    if not bool(chunk.finite):
+        raise_non_finite(context.runner.diagnose, windows.batches(context.batch_size))
+    return chunk
+
+
+class _Sampler:
+    """Chooses the tokens to measure on: an even share of each window, the same whatever the batch size.
+
+    Attributes:
+        share: The most tokens that one window gives.
+        windows_per_chunk: A power of two, so that batches never straddle two chunks: what is ranked together depends
+            on the recipe alone.
+    """
+
+    def __init__(self, windows: CalibrationWindows, options: MIPrunOptions, *, seed: int) -> None:
+        self._num_windows = windows.num_windows
+        self._max_tokens = options.max_tokens
+        self._generator = torch.Generator().manual_seed(seed)
+        self._next = 0
+        self.share = min(-(-options.max_tokens // windows.num_windows), options.chunk_tokens, windows.seqlen)
+        self.windows_per_chunk = _power_of_two(options.chunk_tokens // self.share)
+
+    def choose(self, batch: Batch) -> Tensor:
+        """Flat positions in [B * S], ascending; the batches must come in order."""
+        length = batch.input_ids.shape[1]
+        chosen = [row * length + self._choose_columns(mask) for row, mask in enumerate(content_mask(batch))]
+        return torch.cat(chosen)
+
+    def _choose_columns(self, mask: Tensor) -> Tensor:
+        columns = mask.nonzero().squeeze(1)
+        before, after = (number * self._max_tokens // self._num_windows for number in (self._next, self._next + 1))
+        self._next += 1
+        order = torch.randperm(len(columns), generator=self._generator)
+        return columns[order[: min(after - before, self.share)]].sort().values
+
+
+class _Chunk:
+    """Hidden states of the chosen tokens at every boundary, [T+1, capacity, d], filled batch by batch.
+
+    Attributes:
+        tokens: Number of tokens handed to the estimator.
+        finite: Bool scalar: whether every hidden state so far was finite.
+    """
+
+    def __init__(self, boundaries: int, capacity: int, *, estimator: RunEstimator) -> None:
+        self._boundaries = boundaries
+        self._capacity = capacity
+        self._estimator = estimator
+        self._states: Tensor | None = None
+        self._coordinates: Tensor | None = None
+        self._positions = torch.empty(0, dtype=torch.long)
+        self._filled = 0
+        self.tokens = 0
+        self.finite = torch.tensor(True)
+
+    @property
+    def stored_values(self) -> int:
+        """Number of hidden values held at once."""
+        return 0 if self._states is None else self._states.numel()
+
+    def begin(self, positions: Tensor) -> None:
+        """Starts a batch; `positions` are flat in its [B * S]."""
+        self._filled += len(positions)
+        self._positions = positions
+
+    def visit(self, position: int, hidden: Tensor) -> None:
+        """Copies the chosen tokens of [B, S, d] into the chunk."""
+        self._positions = self._positions.to(hidden.device)
+        states = hidden.flatten(0, 1).index_select(0, self._positions)
+        if self._states is None:
+            self._coordinates = self._estimator.coordinates(hidden.shape[-1])
+            width = hidden.shape[-1] if self._coordinates is None else len(self._coordinates)
+            self._states = states.new_empty(self._boundaries, self._capacity, width)
+        # Ranks and bins would hide a NaN; the answer stays on the device until the end.
+        self.finite = self.finite.to(states.device) & torch.isfinite(states).all()
+        if self._coordinates is not None:
+            self._coordinates = self._coordinates.to(hidden.device)
+            states = states.index_select(1, self._coordinates)
+        self._states[position, self._filled - len(states) : self._filled].copy_(states)
+
+    def flush(self) -> None:
+        """Hands what is held to the estimator."""
+        if self._filled:
+            self._estimator.add(self._states[:, : self._filled])
+        self.tokens += self._filled
+        self._filled = 0
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two up to `number`, which is at least 1."""
+    return 1 << (number.bit_length() - 1)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-pass baselines by similarity of hidden states: ShortGPT (Block Influence) and angular distance (Gromov et al.).
+
+Both look at directions only: a block that rescales the residual stream looks idle. Both measure the dense model once
+and never again after a removal. Neither protects a block by default, as published.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..calibration import Batch
+from ..errors import ConfigurationError, nearest
+from ..measures import (
+    BoundaryDistance,
+    angular_distance,
+    block_influence,
+    last_tokens,
+    raise_non_finite,
+    real_tokens,
+)
+from ..plan import PruningPlan
+from .base import PruningStrategy, SearchContext
+
+
+TOKENS: dict[str, Callable[[Batch], Tensor]] = {"last": last_tokens, "all": real_tokens}
+
+
+class ShortGPT(PruningStrategy):
+    """Removes the blocks that turn the hidden state least (ShortGPT, arXiv 2403.03853).
+
+    1. One forward pass: Block Influence of each block, 1 - mean cosine of its input and output, over all tokens that
+       are not padding (the paper's definition; the first token counts).
+    2. Remove the blocks with the lowest values, lowest first; equal values by index.
+    """
+
+    name: ClassVar[str] = "shortgpt"
+
+    def select(self, context: SearchContext) -> PruningPlan:
+        """See the class. Raises `NonFiniteError` when a hidden state is NaN or infinite."""
+        influence = _mean_distances(context, BoundaryDistance(1, block_influence), real_tokens)
+        removed = sorted(context.removable, key=lambda block: (influence[block], block))[: context.num_remove]
+        steps = [{"block": block, "block_influence": influence[block]} for block in removed]
+        return context.plan(removed, steps=steps, details={"block_influence": influence})
+
+
+@dataclass(frozen=True)
+class AngularOptions:
+    """Options of the angular strategy.
+
+    Attributes:
+        tokens: `"last"` compares the last token of each window that is not padding, as published; `"all"` every
+            token that is not padding (ours; holds as many states of one batch as blocks are removed).
+    """
+
+    tokens: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKENS:
+            raise ConfigurationError(f"Unknown tokens {self.tokens!r} for angular.{nearest(str(self.tokens), TOKENS)}")
+
+
+class Angular(PruningStrategy):
+    """Removes the one run of blocks whose ends are closest in angle (Gromov et al., arXiv 2403.17887).
+
+    1. One forward pass: for every start a, the mean of arccos(cos) / pi between the states before block a and before
+       block a + num_remove.
+    2. Remove the run with the smallest value; equal values by index. Only runs without a protected block compete.
+    """
+
+    name: ClassVar[str] = "angular"
+    Options: ClassVar[type] = AngularOptions
+
+    def select(self, context: SearchContext) -> PruningPlan:
+        """See the class.
+
+        Raises:
+            ConfigurationError: No run of `num_remove` consecutive blocks is free of protected blocks.
+            NonFiniteError: A hidden state is NaN or infinite.
+        """
+        length, removable = context.num_remove, set(context.removable)
+        starts = [start for start in context.removable if removable.issuperset(range(start, start + length))]
+        if not starts:
+            raise ConfigurationError(
+                f"angular removes consecutive blocks, and no {length} consecutive blocks are removable among "
+                f"{list(context.removable)}. Ask for fewer blocks or protect fewer."
+            )
+        measure = BoundaryDistance(length, angular_distance)
+        distances = _mean_distances(context, measure, TOKENS[context.options.tokens])
+        best = min(starts, key=lambda start: (distances[start], start))
+        steps = [{"start": best, "length": length, "distance": distances[best]}]
+        return context.plan(range(best, best + length), steps=steps, details={"distances": distances})
+
+
+def _mean_distances(
+    context: SearchContext, measure: BoundaryDistance, tokens: Callable[[Batch], Tensor]
+) -> list[float]:
+    """Entry a: mean distance between boundary a and the one `gap` blocks later, over the chosen tokens."""
+    windows = context.require_windows()
+    with context.progress(windows.num_windows, "Similarity") as bar:
+        for batch in windows.batches(context.batch_size):
+            measure.begin(tokens(batch))
+            context.runner.stream(batch, measure.visit)
+            bar.update(len(batch.input_ids))
+    means = measure.means()
+    if not all(map(math.isfinite, means)):
+        raise_non_finite(context.runner.diagnose, windows.batches(context.batch_size))
+    return means

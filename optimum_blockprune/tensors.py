@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files as byte ranges: read what lies where, rename, copy. No tensor is ever built.
+
+`save_file` of the library takes a whole file's tensors in memory, which is what a checkpoint larger than the memory
+does not allow; so the files are written here. Reading trusts the library: `safe_open` checks the header (offsets,
+sizes, dtypes, length of the file) before a byte range is taken from it.
+
+Covers `model.safetensors` and `model.safetensors.index.json` with its shards, the two layouts that transformers loads
+without further arguments. Does not cover variants (`model.fp16.safetensors`) or any other format of weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Formats that are recognised in order to say what to do with them.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")
+
+_BUFFER_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: its name, and the byte range that holds it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    num_bytes: int
+
+    @property
+    def element_bits(self) -> int:
+        """Size of an element; 0 for a tensor without elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return self.num_bytes * 8 // count if count else 0
+
+    def chunks(self, source: BinaryIO, buffer: memoryview) -> Iterator[memoryview]:
+        """Reads the tensor's bytes from its open file through `buffer`; each chunk is valid until the next."""
+        source.seek(self.start)
+        left = self.num_bytes
+        while left:
+            count = source.readinto(buffer[: min(left, len(buffer))])
+            if not count:
+                raise CheckpointError(f"'{self.file}' ends inside tensor '{self.name}': it changed while being read.")
+            yield buffer[:count]
+            left -= count
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its tensors, and the strings under `__metadata__` (`{"format": "pt"}`)."""
+
+    tensors: tuple[StoredTensor, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """All weights of a checkpoint.
+
+    Attributes:
+        shards: The files, in the order of their names.
+        index: The `metadata` of the index; `None` for a single `model.safetensors`.
+    """
+
+    shards: tuple[Shard, ...]
+    index: dict[str, Any] | None
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by its name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def renamed(self, rename: Callable[[str], str | None]) -> StoredWeights:
+        """Returns the same byte ranges under new names; `None` drops a tensor, and a file that is left empty goes."""
+        shards = []
+        for shard in self.shards:
+            names = [(rename(tensor.name), tensor) for tensor in shard.tensors]
+            kept = tuple(replace(tensor, name=name) for name, tensor in names if name is not None)
+            if kept:
+                shards.append(Shard(kept, shard.metadata))
+        return StoredWeights(tuple(shards), self.index)
+
+
+def read_weights(folder: Path) -> StoredWeights:
+    """Reads the headers of a checkpoint's files, and nothing else of them.
+
+    Raises:
+        CheckpointError: The weights are in another format, incomplete or malformed.
+    """
+    # In this order transformers looks for them, too.
+    if (folder / WEIGHTS_FILE).is_file():
+        return StoredWeights((_read_shard(folder / WEIGHTS_FILE),), None)
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(_no_weights(folder))
+    index = _read_index(folder / INDEX_FILE)
+    files = sorted(set(index["weight_map"].values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(f"'{folder}' lacks {', '.join(missing)} of its index; get the complete checkpoint.")
+    shards = {file: _read_shard(folder / file) for file in files}
+    _check_index(index["weight_map"], shards, folder)
+    return StoredWeights(tuple(shards.values()), index.get("metadata") or {})
+
+
+def shard_names(index: Path) -> list[str]:
+    """Returns the files that an index names; for the errors see `read_weights`."""
+    return sorted(set(_read_index(index)["weight_map"].values()))
+
+
+def write_weights(
+    weights: StoredWeights, folder: Path, *, num_parameters: int, advance: Callable[[], Any] = lambda: None
+) -> None:
+    """Copies the byte ranges of `weights` into new files in `folder`, one file for every shard.
+
+    Args:
+        weights: From `read_weights` and `renamed`.
+        folder: An existing folder.
+        num_parameters: Replaces this number in the index, where the source says one.
+        advance: Called after every tensor.
+    """
+    if weights.index is None:
+        _write_shard(folder / WEIGHTS_FILE, weights.shards[0], advance)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(weights.shards, start=1):
+        file = f"model-{number:05d}-of-{len(weights.shards):05d}.safetensors"
+        _write_shard(folder / file, shard, advance)
+        weight_map.update((tensor.name, file) for tensor in shard.tensors)
+    metadata = {**weights.index, "total_size": weights.num_bytes}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = num_parameters
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def difference(one: StoredWeights, other: StoredWeights) -> str | None:
+    """Compares all tensors byte for byte; returns the name of one that differs or is missing, `None` if all agree."""
+    left, right = one.tensors, other.tensors
+    unmatched = sorted(left.keys() ^ right.keys())
+    if unmatched:
+        return unmatched[0]
+    buffers = memoryview(bytearray(_BUFFER_BYTES)), memoryview(bytearray(_BUFFER_BYTES))
+    return next((name for name in left if not _same(left[name], right[name], buffers)), None)
+
+
+def _same(one: StoredTensor, other: StoredTensor, buffers: tuple[memoryview, memoryview]) -> bool:
+    if (one.dtype, one.shape, one.num_bytes) != (other.dtype, other.shape, other.num_bytes):
+        return False
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        pairs = zip(one.chunks(left, buffers[0]), other.chunks(right, buffers[1]), strict=True)
+        return all(chunk == twin for chunk, twin in pairs)
+
+
+def _read_shard(file: Path) -> Shard:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as source:
+            size = int.from_bytes(source.read(8), "little")
+            header = json.loads(source.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{file}' is not a whole safetensors file: {error}. Get it again.") from error
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = []
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors.append(StoredTensor(name, entry["dtype"], shape, file, 8 + size + begin, end - begin))
+    return Shard(tuple(sorted(tensors, key=lambda tensor: tensor.start)), metadata)
+
+
+def _write_shard(file: Path, shard: Shard, advance: Callable[[], Any]) -> None:
+    # Wide elements first, as the library does: every tensor then begins at a multiple of its element's size.
+    tensors = sorted(shard.tensors, key=lambda tensor: (-tensor.element_bits, tensor.start))
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    with file.open("wb") as target, tensors[0].file.open("rb") as source:
+        target.write(_header(tensors, shard.metadata))
+        for tensor in tensors:
+            for chunk in tensor.chunks(source, buffer):
+                target.write(chunk)
+            advance()
+
+
+def _header(tensors: list[StoredTensor], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format asks for spaces up to a multiple of 8.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{file}' is not a JSON file: {error}.") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{file}' has no 'weight_map' that says which file holds which tensor.")
+    for name, shard in weight_map.items():
+        # A name that leaves the folder would read files that belong to no checkpoint.
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
+        if not plain:
+            raise CheckpointError(
+                f"'{file}' places tensor '{name}' in {shard!r}; only safetensors files in the same folder are read."
+            )
+    return index
+
+
+def _check_index(weight_map: dict[str, str], shards: dict[str, Shard], folder: Path) -> None:
+    """The index must be true. A tensor that it forgets is kept: transformers loads that one as well."""
+    homes: dict[str, str] = {}
+    for file, shard in shards.items():
+        for tensor in shard.tensors:
+            if tensor.name in homes:
+                raise CheckpointError(
+                    f"'{folder}' holds tensor '{tensor.name}' twice, in {homes[tensor.name]} and in {file}."
+                )
+            homes[tensor.name] = file
+    wrong = [name for name, file in weight_map.items() if homes.get(name) != file]
+    if wrong:
+        raise CheckpointError(
+            f"The index of '{folder}' places '{wrong[0]}' in {weight_map[wrong[0]]}, which does not hold it "
+            f"({len(wrong)} such tensors); get the complete checkpoint."
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    """Says which weights there are instead, and how to go on."""
+    found = sorted(file.name for file in folder.iterdir() if file.is_file())
+    gguf = [name for name in found if name.endswith(".gguf")]
+    variants = [name for name in found if name.endswith(".safetensors")]
+    others = [name for name in found if name.endswith(_OTHER_WEIGHTS)]
+    start = f"'{folder}' has no {WEIGHTS_FILE} and no {INDEX_FILE}"
+    if gguf:
+        return (
+            f"{start} but {gguf[0]}. GGUF files are not rewritten: load them, with BlockPruner.from_pretrained(..., "
+            "gguf_file=...) or `optimum-cli blockprune run`."
+        )
+    if variants:
+        return f"{start} but {', '.join(variants[:3])}. Variants are not supported: save it under the plain name."
+    if others:
+        return (
+            f"{start} but {others[0]}, a format that this tool does not open. Save the model again as safetensors: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+        )
+    return f"{start}, so there are no weights to copy."

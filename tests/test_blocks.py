@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block list is found in every family, and models that are more than plain modules are refused."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import FAMILIES, block_list, block_path, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_blockprune.blocks import find_blocks, refuse_wrapped
+from optimum_blockprune.errors import UnsupportedModelError
+
+
+with warnings.catch_warnings():
+    # Reads attributes of transformers that are deprecated, at import.
+    warnings.simplefilter("ignore")
+    import peft
+
+
+LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])
+filter_peft = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_the_list(family: str) -> None:
+    model = tiny_model(family)
+    stack = find_blocks(model)
+    assert stack.path == block_path(family)
+    assert stack.blocks is block_list(model)
+    assert stack.model is model
+    assert len(stack) == 5
+
+
+def test_lists_of_other_length_inside_the_blocks_do_not_confuse() -> None:
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+    assert find_blocks(model).path == "model.layers"
+
+
+def test_towers_of_other_senses_are_left_alone() -> None:
+    model = tiny_model("llama")
+    model.vision_tower = nn.ModuleList(nn.Linear(500, 500) for _ in range(5))
+    assert find_blocks(model).path == "model.layers"
+
+
+def test_parallel_lists_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(5))
+    with pytest.raises(UnsupportedModelError, match="'llama' spreads a block over parallel lists.*model.norms"):
+        find_blocks(model)
+
+
+def test_a_list_of_another_length_is_not_taken() -> None:
+    model = tiny_model("llama")
+    del model.model.layers[4]
+    with pytest.raises(UnsupportedModelError, match="'llama': found no list of 5 blocks in LlamaForCausalLM"):
+        find_blocks(model)
+
+
+def test_one_block_at_several_depths_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[3] = model.model.layers[1]
+    with pytest.raises(UnsupportedModelError, match="one block module at several depths"):
+        find_blocks(model)
+
+
+@filter_peft
+def test_peft_model_is_refused_and_accepted_once_merged() -> None:
+    inner = tiny_model("llama")
+    wrapped = peft.get_peft_model(inner, LORA)
+    for model in (wrapped, inner):
+        with pytest.raises(UnsupportedModelError, match="'llama'.*PEFT.*merge_and_unload"):
+            find_blocks(model)
+    assert len(find_blocks(wrapped.merge_and_unload())) == 5
+
+
+@filter_peft
+def test_added_adapter_is_refused_even_when_deleted() -> None:
+    model = tiny_model("llama")
+    model.add_adapter(LORA, adapter_name="extra")
+    with pytest.raises(UnsupportedModelError, match="PEFT"):
+        find_blocks(model)
+    # The adapter goes, its layers stay.
+    model.delete_adapter("extra")
+    with pytest.raises(UnsupportedModelError, match="PEFT"):
+        find_blocks(model)
+
+
+@pytest.mark.parametrize("mark", ["hf_quantizer", "is_quantized"])
+def test_quantised_model_is_refused(mark: str) -> None:
+    model = tiny_model("llama")
+    setattr(model, mark, SimpleNamespace(quantization_config=None) if mark == "hf_quantizer" else True)
+    model.quantization_method = SimpleNamespace(value="bitsandbytes")
+    with pytest.raises(UnsupportedModelError, match=r"'llama' model is quantised \(bitsandbytes\).*dequantize\(\)"):
+        find_blocks(model)
+
+
+def test_compiled_model_is_refused() -> None:
+    model = tiny_model("llama")
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match="'llama' model is compiled.*_orig_mod"):
+        find_blocks(compiled)
+    assert len(find_blocks(compiled._orig_mod)) == 5
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "llama", None])
+def test_foreign_objects_are_refused(thing: object) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=f"Expected a transformers PreTrainedModel, got.*{type(thing).__name__}"
+    ):
+        refuse_wrapped(thing)
+
+
+def test_decoder_without_a_head_is_accepted() -> None:
+    inner = tiny_model("llama").model
+    assert isinstance(inner, PreTrainedModel)
+    assert find_blocks(inner).path == "layers"
