@@ -90,3 +90,7 @@ def refuse_wrapped(model: object) -> None:
         raise UnsupportedModelError(
             f"Expected a transformers PreTrainedModel, got {type(model).__module__}.{type(model).__name__}."
         )
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ('{kind}') has no language-model head; load it with AutoModelForCausalLM."
+        )

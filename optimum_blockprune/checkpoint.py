@@ -46,17 +46,8 @@ _ADAPTER_FILE = "adapter_config.json"
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _TEMPLATES = "additional_chat_templates"
 # Written anew, or true of the dense model only.
-_STALE = (
-    "config.json",
-    _GENERATION_FILE,
-    PLAN_FILE,
-    REPORT_FILE,
-    "block_pruning_config.json",
-    "*.index.json",
-    "*_results.json",
-    "params.json",
-    "trainer_state.json",
-)
+_STALE = ("config.json", _GENERATION_FILE, "params.json", "*.index.json", "*_results.json", "trainer_state.json")
+_OWN = (PLAN_FILE, REPORT_FILE, "block_pruning_config.json")
 
 # Arguments that say which files to fetch.
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -90,7 +81,7 @@ class _Source:
 def apply_to_checkpoint(
     plan: PruningPlan, src: str | Path, dst: str | Path, *, overwrite: bool = False, verify: str = "keys", **hub: Any
 ) -> Path:
-    """Writes the pruned checkpoint `dst` from the safetensors files of `src`.
+    """Writes the pruned checkpoint `dst` from the safetensors files of `src`, and returns `dst`.
 
     1. Read the configuration and the headers of the files; refuse what does not fit, before anything is written.
     2. Build the dense model on the meta device, find its blocks and their name in the files, apply the plan to it.
@@ -107,9 +98,6 @@ def apply_to_checkpoint(
             proves nothing.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, and
             `trust_remote_code` (False unless given).
-
-    Returns:
-        The output folder.
 
     Raises:
         CheckpointError: The files are missing, incomplete, malformed or not safetensors.
@@ -141,11 +129,10 @@ def apply_to_checkpoint(
             if verify == "logits":
                 _prove_bytes(temporary, kept)
         report.verification = {"mode": verify, "passed": verify != "off"}
-        _describe(report, plan, before, source.model)
+        _record(report, plan, before, source.model)
         plan.save(temporary)
         report.save(temporary)
-        card = model_card(plan, report, title=Path(dst).name)
-        (temporary / "README.md").write_text(str(card), encoding="utf-8")
+        (temporary / "README.md").write_text(str(model_card(plan, report, title=Path(dst).name)), encoding="utf-8")
     return Path(dst)
 
 
@@ -301,7 +288,7 @@ def _write(source: _Source, kept: StoredWeights, folder: Path) -> None:
 def _companions(folder: Path) -> list[Path]:
     """The files beside the weights that are as true of the pruned model as of the dense one."""
     named = {file for pattern in _COMPANIONS for file in folder.glob(pattern)}
-    stale = {file for pattern in _STALE for file in folder.glob(pattern)}
+    stale = {file for pattern in (*_STALE, *_OWN) for file in folder.glob(pattern)}
     return sorted(file for file in (named - stale) | set(folder.glob(f"{_TEMPLATES}/*.jinja")) if file.is_file())
 
 
@@ -332,7 +319,7 @@ def _prove_bytes(folder: Path, kept: StoredWeights) -> None:
         )
 
 
-def _describe(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
+def _record(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
     """Writes down what was asked for and what came of it."""
     after = size_of(model)
     report.requested = dict(plan.requested)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, block_list, block_path, tiny_model
+from families import FAMILIES, block_list, block_path, tiny_config, tiny_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
 from optimum_blockprune.blocks import find_blocks, refuse_wrapped
 from optimum_blockprune.errors import UnsupportedModelError
@@ -117,7 +117,8 @@ def test_foreign_objects_are_refused(thing: object) -> None:
         refuse_wrapped(thing)
 
 
-def test_decoder_without_a_head_is_accepted() -> None:
-    inner = tiny_model("llama").model
-    assert isinstance(inner, PreTrainedModel)
-    assert find_blocks(inner).path == "layers"
+def test_model_without_a_language_model_head_is_refused() -> None:
+    classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
+    for model in (tiny_model("llama").model, classifier):
+        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__}.*'llama'.*AutoModelForCausalLM"):
+            find_blocks(model)
