@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .plan import PruningPlan
 from .report import PruningReport
@@ -75,9 +78,13 @@ def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> Model
 
 def _repo_id(base_model: str | None) -> str | None:
     """The base model as metadata: only what looks like a repository on the Hub, not a local path."""
-    parts = (base_model or "").split("/")
-    plausible = len(parts) == 2 and all(part and not part.startswith(".") for part in parts)
-    return base_model if plausible else None
+    if base_model is None or "/" not in base_model or Path(base_model).exists():
+        return None
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return None
+    return base_model
 
 
 def _sizes(achieved: dict[str, Any]) -> str:

@@ -26,7 +26,14 @@ from .architectures import layout_for
 from .blocks import find_blocks
 from .card import model_card
 from .environment import peak_memory, versions
-from .errors import CheckpointError, ConfigurationError, OutputError, UnsupportedModelError, VerificationError
+from .errors import (
+    BlockPruningError,
+    CheckpointError,
+    ConfigurationError,
+    OutputError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from .evaluation import size_of
 from .gate import Expectation, check_mode, expect, prove_folder, require_proof
 from .loading import load_config, load_model
@@ -109,6 +116,7 @@ def apply_to_checkpoint(
         VerificationError: The result failed the gate; nothing is left of it.
     """
     check_mode(verify)
+    check_output(dst, overwrite=overwrite)  # before anything is fetched; its size is known later
     report = PruningReport()
     with report.timed("load"):
         folder, remote_code = _locate(src, {name: value for name, value in hub.items() if value is not None})
@@ -193,7 +201,12 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
     if (folder / _ADAPTER_FILE).is_file():
         raise CheckpointError(f"'{folder}' holds a PEFT adapter; merge it into its model and save the result.")
     weights = read_weights(folder)
-    config = load_config(folder, trust_remote_code=remote_code, local_files_only=True)
+    try:
+        config = load_config(folder, trust_remote_code=remote_code, local_files_only=True)
+    except BlockPruningError:
+        raise
+    except Exception as error:  # configuration classes check their fields in many ways
+        raise CheckpointError(f"The config.json of '{folder}' is malformed: {error}") from error
     layout_for(config).check(plan)
     require_proof(config, verify)
     model, unknown = _on_meta(folder, remote_code)
@@ -216,7 +229,7 @@ def _on_meta(folder: Path, remote_code: bool) -> tuple[PreTrainedModel, tuple[st
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers, safetensors and huggingface_hub have no common base class
         raise CheckpointError(f"'{folder}' does not load as a causal language model: {error}") from error
     missing = sorted(map(str, info.get("missing_keys") or ()))
     if missing:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,6 +20,7 @@ from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
 from .strategies.base import PruningStrategy, SearchContext
+from .text import HUB_DATASETS
 
 
 def choose(
@@ -28,7 +30,6 @@ def choose(
     report: PruningReport,
     *,
     base_model: str | None = None,
-    num_remove: int | None = None,
 ) -> PruningPlan:
     """Lets the strategy of `recipe` choose blocks of `model`, which is not changed.
 
@@ -38,7 +39,6 @@ def choose(
         tokenizer: For calibration text.
         report: Gets seconds, tokens and what the search spent.
         base_model: Name of the dense model for the plan; by default what its configuration says.
-        num_remove: Replaces the recipe's budget.
 
     Raises:
         BlockPruningError: The recipe, the model or the text does not fit; as much as possible before the search.
@@ -49,7 +49,7 @@ def choose(
     stack = find_blocks(model)
     layout = layout_for(model.config)
     removable = _removable(recipe, strategy, stack)
-    num_remove = num_remove or num_to_remove(model, recipe)
+    num_remove = num_to_remove(model, recipe)
     windows = _calibrate(model, recipe, tokenizer, report) if strategy.needs_data else None
     runner = BlockRunner(model)
     context = SearchContext(
@@ -94,7 +94,7 @@ def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
     return recipe.budget_blocks(len(stack), removable, block_params=sizes, total_params=total)
 
 
-def window_spec(recipe: Recipe, **changes: Any) -> WindowSpec:
+def window_spec(recipe: Recipe, /, **changes: Any) -> WindowSpec:
     """The recipe's way to cut text, with some of it replaced."""
     spec = {
         "num_samples": recipe.num_samples,
@@ -105,6 +105,15 @@ def window_spec(recipe: Recipe, **changes: Any) -> WindowSpec:
         "recipe": recipe.calibration_recipe,
     }
     return WindowSpec(**{**spec, **changes})
+
+
+def held_out_split(dataset: Any) -> str:
+    """The split to evaluate on: the test split, or the nearest to it that a data set with several splits has."""
+    if isinstance(dataset, str) and dataset in HUB_DATASETS:
+        splits: Collection[str] = HUB_DATASETS[dataset].splits
+    else:
+        splits = dataset if isinstance(dataset, Mapping) else ()
+    return next((split for split in ("test", "validation", "train") if split in splits), "test")
 
 
 def windows_for(
@@ -150,6 +159,8 @@ def _removable(recipe: Recipe, strategy: PruningStrategy, stack: BlockStack) -> 
 
 def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> None:
     """A third party's strategy may err."""
+    if not isinstance(plan, PruningPlan):
+        raise PlanError(f"Strategy '{strategy}' returned {type(plan).__name__}, not a PruningPlan.")
     chosen = set(plan.removed_blocks)
     if len(chosen) != context.num_remove or not chosen <= set(context.removable):
         raise PlanError(

@@ -23,6 +23,9 @@ from .recipe import BUDGET_FIELDS, Recipe
 VERIFY_CHOICES = ("logits", "keys", "off")
 _TEXT_FIELDS = ("dataset", "dataset_text_field", "num_samples", "seqlen", "batch_size", "seed", "use_chat_template")
 
+# Where a field means something else to `evaluate` than to a search.
+_EVALUATE_HELP = {"num_samples": "Number of windows of text (default: all of them)."}
+
 _RECIPE = {field.name: field for field in fields(Recipe)}
 _TYPES = {"int": int, "float": float}
 
@@ -157,7 +160,7 @@ class EvaluateCommand(ShellCommand):
             "--kl", action="store_true", help="Also measure the mean KL divergence from the baseline, token by token."
         )
         for name in _TEXT_FIELDS:
-            _add_field(optional, _RECIPE[name])
+            _add_field(optional, _RECIPE[name], text=_EVALUATE_HELP.get(name))
         optional.add_argument(
             "--stride", type=int, metavar="N", help="Tokens between the starts of two windows (default: seqlen)."
         )
@@ -252,8 +255,8 @@ def _add_recipe(group: Any) -> None:
     )
 
 
-def _add_field(group: Any, field: Field[Any]) -> None:
-    """Declares the flag of one configuration field."""
+def _add_field(group: Any, field: Field[Any], *, text: str | None = None) -> None:
+    """Declares the flag of one configuration field; `text` replaces its help."""
     flag, settings = _flag(field.name), {"type": _TYPES.get(field.type.removesuffix(" | None"), str)}
     if field.type == "bool":
         settings = {"action": BooleanOptionalAction}  # --no-... switches off what a saved configuration switches on
@@ -261,7 +264,9 @@ def _add_field(group: Any, field: Field[Any]) -> None:
         flag, settings = "--strategy-option", {"action": "append", "type": _option, "metavar": "KEY=VALUE"}
     elif "choices" in field.metadata:
         settings["choices"] = field.metadata["choices"]
-    text = field.metadata["help"] if field.default is None else f"{field.metadata['help']} (default: {field.default})"
+    if text is None:
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = field.metadata["help"] + default
     # argparse reads a percent sign as the start of a placeholder
     group.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **settings)
 

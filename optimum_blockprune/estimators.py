@@ -116,6 +116,10 @@ class Histogram(RunEstimator):
     Plug-in value minus its bias (B-1)^2 / (2n), at least 0 per coordinate. Saturates at ln B. Bins are cut inside a
     chunk, and equal values share a bin. Holds C T(T+1)/2 B^2 counts.
 
+    It sees every dependence, also the one that removal cannot use: one coordinate of an embedding nearly gives the
+    token away, so that block 0 looks redundant (SmolLM2-135M: 0.9 nats, among the highest of all blocks, and removing
+    it destroys the model). Protect the first block.
+
     Args:
         bins: B.
         num_coordinates: C, the number of coordinates to look at.
@@ -137,7 +141,7 @@ class Histogram(RunEstimator):
     def add(self, states: Tensor) -> None:
         """See `RunEstimator.add`; `states` holds the chosen coordinates only."""
         boundaries, tokens, width = states.shape
-        bins = half_ranks(states.permute(0, 2, 1)) * self._bins // (2 * tokens)
+        bins = half_ranks(states.permute(0, 2, 1).contiguous()) * self._bins // (2 * tokens)
         if not self._tokens:
             self._pairs = torch.triu_indices(boundaries, boundaries, 1, device=states.device)
             shape = (self._pairs.shape[1], width, self._bins**2)

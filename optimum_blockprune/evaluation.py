@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .calibration import Batch, CalibrationWindows
 from .errors import ConfigurationError, NonFiniteError
-from .runner import evaluating, perplexity_of
+from .runner import BlockRunner, evaluating, perplexity_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EvaluationSpec:
             `seqlen - stride` tokens of context.
         batch_size: Windows per forward pass.
         speed: Whether to time prefill and decoding (batch of one).
-        decode_tokens: Tokens to generate for the timing.
+        decode_tokens: Tokens to generate for the timing; fewer where the model's positions end before.
     """
 
     stride: int | None = None
@@ -65,7 +65,7 @@ def evaluate_model(
         `parameters`, `size_bytes`, `blocks`.
 
     Raises:
-        NonFiniteError: The loss is NaN or infinite.
+        NonFiniteError: The loss is NaN or infinite; names the first block where that appears.
         ConfigurationError: The stride is longer than a window, or the baseline has another vocabulary.
     """
     stride = spec.stride or windows.seqlen
@@ -77,8 +77,6 @@ def evaluate_model(
             f"{model.config.vocab_size}."
         )
     nll, kl, tokens = _score(model, baseline, _strided(windows, stride), spec.batch_size)
-    if not nll < float("inf"):
-        raise NonFiniteError(f"The loss on {windows.source} is {nll}; the model is broken or overflows in its dtype.")
     result = {
         "source": windows.source,
         "fingerprint": windows.fingerprint,
@@ -114,17 +112,23 @@ def speed_of(model: PreTrainedModel, windows: CalibrationWindows, *, decode_toke
     """
     prompt = windows.input_ids[:1, : min(windows.seqlen, 512)].to(model.device)
     start = windows.input_ids[:1, :8].to(model.device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int):
+        decode_tokens = max(1, min(decode_tokens, limit - start.shape[1]))
 
     def prefill() -> None:
         model(input_ids=prompt, use_cache=False)
 
     def decode(tokens: int = decode_tokens) -> None:
-        config = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+        # One beam: what is not said here, `generate` takes from the model's own settings.
+        config = GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+        )
         model.generate(start, attention_mask=torch.ones_like(start), generation_config=config)
 
     with torch.no_grad(), evaluating(model):
         prefill()
-        decode(4)
+        decode(min(4, decode_tokens))
         return {
             "prefill_tokens_per_second": prompt.shape[1] / _seconds(prefill, model.device),
             "decode_tokens_per_second": decode_tokens / _seconds(decode, model.device),
@@ -170,17 +174,21 @@ def _score(
     """Mean NLL, mean KL (None without a baseline) and the number of scored predictions."""
     nll = kl = torch.zeros((), dtype=torch.float64)
     count = 0
-    with evaluating(model), evaluating(baseline or model):
-        for batch, last in tqdm(_grouped(parts, batch_size), desc="Evaluating", unit=" batches", leave=False):
-            logits = _predictions(model, batch)
-            scored = _scored(batch, last)
-            count += int(scored.sum())
-            targets = batch.input_ids[:, 1:][scored].to(logits.device)
-            chosen = logits[scored.to(logits.device)].float()
-            nll = nll + F.cross_entropy(chosen, targets, reduction="none").double().sum().cpu()
-            if baseline is not None:
-                truth = _predictions(baseline, batch)[scored.to(baseline.device)].float().to(chosen.device)
-                kl = kl + _kl(truth, chosen)
+    runner, truth_runner = BlockRunner(model), None if baseline is None else BlockRunner(baseline)
+    for batch, last in tqdm(_grouped(parts, batch_size), desc="Evaluating", unit=" batches", leave=False):
+        scored = _scored(batch, last)
+        count += int(scored.sum())
+        chosen = _predictions(runner, batch, scored)
+        targets = batch.input_ids[:, 1:][scored].to(chosen.device)
+        nll = nll + F.cross_entropy(chosen, targets, reduction="none").double().sum().cpu()
+        if not torch.isfinite(nll):
+            runner.diagnose(batch)
+            raise NonFiniteError(
+                "The loss is NaN or infinite although every block's output is finite: the final norm or the head "
+                "overflows. Load the model in another dtype."
+            )
+        if truth_runner is not None:
+            kl = kl + _kl(_predictions(truth_runner, batch, scored).to(chosen.device), chosen)
     return (nll / count).item(), None if baseline is None else (kl / count).item(), count
 
 
@@ -206,12 +214,10 @@ def _joined(group: list[Batch]) -> Batch:
     return Batch(ids, torch.cat(masks))
 
 
-def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits [B, S - 1, vocabulary] that predict tokens 1 to S - 1."""
-    device = model.get_input_embeddings().weight.device
-    inputs = batch if device.type == "meta" else batch.to(device)
-    masks = {} if inputs.attention_mask is None else {"attention_mask": inputs.attention_mask.long()}
-    return model(input_ids=inputs.input_ids, use_cache=False, **masks).logits[:, :-1]
+def _predictions(runner: BlockRunner, batch: Batch, scored: Tensor) -> Tensor:
+    """Logits [n, vocabulary] in float32 of the `scored` predictions; all blocks run."""
+    logits = runner.logits(batch)[:, :-1]
+    return logits[scored.to(logits.device)].float()
 
 
 def _scored(batch: Batch, last: int) -> Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from optimum.utils import logging
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import layout_for
@@ -29,6 +31,12 @@ _HUB_ARGUMENTS = (
     "trust_remote_code",
 )
 
+# Those that name a file or a version inside the model's repository, and mean nothing in another one.
+_MODEL_ONLY = ("gguf_file", "revision", "subfolder")
+
+# How a load fails: no such file or repository, a malformed one, a package or a device that is not there.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError)
+
 
 def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode.
@@ -44,12 +52,13 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ConfigurationError: The path or repository does not exist or is not a model.
     """
     path, kwargs = split_gguf(path, kwargs)
+    _check_dtype(kwargs.get("dtype"))
     config = load_config(path, **hub_arguments(kwargs))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError) as error:
+    except _LOAD_ERRORS as error:
         raise _explained(error, path) from error
     # GGUF readers skip tensors that the class computes itself; their own reports are complete.
     missing = sorted(map(str, info.get("missing_keys") or []))
@@ -63,9 +72,11 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def load_config(path: str | Path, **hub: Any) -> Any:
     """Loads only the configuration and refuses what cannot be pruned; see `load_model`."""
+    if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".") or str(path).count("/") > 1):
+        raise ConfigurationError(f"There is no file or folder '{path}'.")
     try:
         config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub})
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOAD_ERRORS as error:
         raise _explained(error, path) from error
     layout_for(config)
     quantisation = getattr(config, "quantization_config", None)
@@ -78,15 +89,35 @@ def load_config(path: str | Path, **hub: Any) -> Any:
     return config
 
 
-def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
     """Loads the tokenizer that lies with a model; `None` if there is none (only text needs one)."""
+    try:
+        return _tokenizer_at(path, kwargs)
+    except ConfigurationError as error:
+        logger.info(str(error))
+        return None
+
+
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a place of its own.
+
+    Args:
+        path: Repo id, folder, or a `.gguf` file.
+        **kwargs: As for the model; `revision`, `subfolder` and `gguf_file` are the model's and are left out.
+
+    Raises:
+        ConfigurationError: There is no tokenizer.
+    """
+    return _tokenizer_at(path, {name: value for name, value in kwargs.items() if name not in _MODEL_ONLY})
+
+
+def _tokenizer_at(path: str | Path, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     path, kwargs = split_gguf(path, kwargs)
     try:
         return AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **hub_arguments(kwargs)})
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        # Many kinds of failure mean "no usable tokenizer here"; the one that matters is raised when text is given.
-        logger.info(f"No tokenizer was loaded from '{path}': {error}")
-        return None
+    except (*_LOAD_ERRORS, AttributeError, TypeError) as error:
+        # Many kinds of failure mean "no usable tokenizer here".
+        raise ConfigurationError(f"No tokenizer can be loaded from '{path}': {str(error).strip()}") from error
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,6 +148,11 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _check_dtype(dtype: Any) -> None:
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigurationError(f"Unknown dtype {dtype!r}; possible are auto, float32, bfloat16, float16, float64.")
 
 
 def _explained(error: Exception, path: str | Path) -> BlockPruningError:

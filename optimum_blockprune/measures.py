@@ -80,7 +80,7 @@ class PairMoments:
             self._shift = torch.zeros_like(self._sums)
             self._products = fp64_zeros(states, width, boundaries, boundaries)
         for part in _column_parts(width):
-            values = transform(states[:, :, part].to(self._sums.device).permute(2, 0, 1))
+            values = transform(states[:, :, part].to(self._sums.device).permute(2, 0, 1).contiguous())
             if first:
                 self._shift[part] = values.sort(-1).values[..., tokens // 2]
             values = values - self._shift[part].unsqueeze(-1)

@@ -215,8 +215,9 @@ def _validate(plan: PruningPlan) -> None:
         raise PlanError(f"This version keeps whole blocks only; {split[0]} joins the halves of two blocks.")
     if not plan.blocks:
         raise PlanError("The plan removes every block; at least one must stay.")
-    expected = [index for index in range(plan.num_blocks) if index not in set(plan.removed_blocks)]
-    if list(plan.kept_blocks) != expected:
+    gone = set(plan.removed_blocks)
+    expected = [index for index in range(plan.num_blocks) if index not in gone]
+    if list(plan.kept_blocks) != expected or not gone <= set(range(plan.num_blocks)):
         raise PlanError(
             f"Kept blocks {list(plan.kept_blocks)} and removed blocks {list(plan.removed_blocks)} do not make up "
             f"blocks 0 to {plan.num_blocks - 1} in order."

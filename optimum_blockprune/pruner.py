@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from optimum.utils import logging
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .blocks import find_blocks
-from .calibration import CalibrationWindows, WindowSpec
 from .card import model_card
-from .choosing import choose, num_to_remove, window_spec, windows_for
+from .choosing import choose, held_out_split, num_to_remove, window_spec, windows_for
 from .config import BlockPruningConfig
 from .environment import peak_memory, versions
 from .errors import CalibrationError, ConfigurationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
 from .gate import Expectation, apply_proven, check_mode, expect, prove_folder, require_proof
-from .loading import dequantised, load_model, load_tokenizer
+from .loading import dequantised, find_tokenizer, load_model, load_tokenizer
 from .plan import PruningPlan
 from .report import PruningReport
 from .saving import atomic_folder, check_output
@@ -79,14 +81,16 @@ class BlockPruner:
 
         Raises:
             UnsupportedModelError: The model cannot be pruned; found out from its configuration where possible.
-            ConfigurationError: There is no such model, or arguments were given for a model that is loaded already.
+            ConfigurationError: There is no such model or tokenizer, or arguments were given for a model that is loaded
+                already.
         """
         if isinstance(model_or_path, (str, Path)):
             report = PruningReport()
             with report.timed("load"):
                 model = load_model(model_or_path, **kwargs)
-                tokenizer = _tokenizer(model_or_path if tokenizer is None else tokenizer, kwargs)
-            pruner = cls(model, config, tokenizer)
+                if tokenizer is None:
+                    tokenizer = find_tokenizer(model_or_path, **kwargs)
+            pruner = cls(model, config, _tokenizer(tokenizer, kwargs))
             pruner.report, pruner._source = report, str(model_or_path)
             return pruner
         if kwargs:
@@ -99,8 +103,8 @@ class BlockPruner:
         What a score means belongs to the strategy (SLEB: mean NLL without the block, low ones go first); strategies
         that measure nothing return nothing. The model, `plan` and `report` stay as they are.
         """
-        recipe = (config or self.config).recipe
-        plan = choose(self.model, recipe, self.tokenizer, PruningReport(), num_remove=1)
+        recipe = replace((config or self.config).recipe, sparsity=None, target_params=None, num_blocks=1)
+        plan = choose(self.model, recipe, self.tokenizer, PruningReport())
         return {int(block): score for block, score in plan.scores.items()}
 
     def make_plan(self, config: BlockPruningConfig | None = None) -> PruningPlan:
@@ -210,7 +214,11 @@ class BlockPruner:
             raise PlanError("There is nothing to save yet: call prune() first.")
         check_mode(verify)
         require_proof(self.model.config, verify)
-        with self.report.timed("save"), atomic_folder(save_directory, overwrite=overwrite) as folder:
+        with (
+            self.report.timed("save"),
+            _restored(self.model.config),
+            atomic_folder(save_directory, overwrite=overwrite) as folder,
+        ):
             logger.info(f"Saving to '{save_directory}'")
             self.model.save_pretrained(folder, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
@@ -218,10 +226,10 @@ class BlockPruner:
             prove_folder(folder, self.model, self._expected, verify)
             self.report.verification = {"mode": verify, "passed": verify != "off"}
             self.config.save_pretrained(folder)
-            self.plan.save(folder)
+            self._expected.plan.save(folder)
             self.report.peak_memory_bytes = peak_memory(self.model)
             self.report.save(folder)
-            card = model_card(self.plan, self.report, title=Path(save_directory).name)
+            card = model_card(self._expected.plan, self.report, title=Path(save_directory).name)
             (folder / "README.md").write_text(str(card), encoding="utf-8")
         return Path(save_directory)
 
@@ -239,8 +247,8 @@ class BlockPruner:
         Args:
             dataset: Held-out text, as for `BlockPruningConfig.dataset`; without it the configuration's own, which
                 is what the blocks were chosen on.
-            num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text (of the test
-                split, for a named data set) unless given.
+            num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text unless given.
+                Of a data set with splits: the test split, without one the validation split, else the training split.
             spec: Stride, batch size, speed.
             baseline: The dense model, for the mean KL(dense || this) in nats per token.
             label: Name in the report; `"dense"` before and `"pruned"` after pruning unless given.
@@ -251,8 +259,9 @@ class BlockPruner:
         dataset = self.config.dataset if dataset is None else dataset
         if dataset is None:
             raise CalibrationError("There is no text to evaluate on: give dataset=... (--dataset PATH).")
-        wanted = window_spec(self.config.recipe, num_samples=num_samples, recipe="windows", split="test")
-        text = self._windows(dataset, wanted)
+        split = held_out_split(dataset)
+        wanted = window_spec(self.config.recipe, num_samples=num_samples, recipe="windows", split=split)
+        text = windows_for(self.model, dataset, self.tokenizer, wanted)
         if isinstance(baseline, (str, Path)):
             baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
         with self.report.timed("evaluation"):
@@ -268,9 +277,6 @@ class BlockPruner:
         blocks = find_blocks(self.model).blocks
         sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
         return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
-
-    def _windows(self, dataset: Any, spec: WindowSpec) -> CalibrationWindows:
-        return windows_for(self.model, dataset, self.tokenizer, spec)
 
     def _record(self, plan: PruningPlan, before: dict[str, int]) -> None:
         """Writes what was done into the report."""
@@ -292,5 +298,16 @@ class BlockPruner:
         report.versions = versions()
 
 
-def _tokenizer(source: Any, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    return load_tokenizer(source, **kwargs) if isinstance(source, (str, Path)) else source
+@contextmanager
+def _restored(config: PretrainedConfig) -> Iterator[None]:
+    """Takes back what transformers notes in the live configuration when it saves (dtype, class, code files)."""
+    before = dict(vars(config))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+
+
+def _tokenizer(given: Any, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(given, **kwargs) if isinstance(given, (str, Path)) else given

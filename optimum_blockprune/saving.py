@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from .errors import OutputError
 
 
-# What writing to a full or forbidden place looks like when a library reports it as its own error, in words only.
-_FULL, _FORBIDDEN = "No space left on device", "Permission denied"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> Path:
@@ -31,12 +31,17 @@ def check_output(path: str | Path, *, overwrite: bool = False, needed_bytes: int
     Raises:
         OutputError: The folder exists, is a file, may not be written, or the disk is too full.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"The output '{path}' is a file; give a folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise OutputError(f"The output folder '{path}' exists and is not empty; pass overwrite=True (--overwrite).")
+    # Absolute, so that "." has a name and a parent.
+    path = Path(os.path.abspath(path))
     with _explained(path):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"The output '{path}' is a file; give a folder.")
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise OutputError(
+                f"The output folder '{path}' exists and is not empty; pass overwrite=True (--overwrite)."
+            )
+        if path.is_mount():
+            raise OutputError(f"The output '{path}' is a mount point, which cannot be replaced; give a folder inside.")
         parent = _existing_parent(path)
         with tempfile.TemporaryDirectory(prefix=".blockprune-", dir=parent):
             pass
@@ -96,15 +101,20 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or _FULL in str(error):
+        if _is_one_of(_FULL, error):
             raise OutputError(
                 f"The disk filled up while writing '{path}' ({error}); the partial output was removed. Free some "
                 "space or choose another folder."
             ) from error
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) or _FORBIDDEN in str(error):
+        if _is_one_of(_FORBIDDEN, error):
             raise OutputError(f"May not write '{path}': {error}. Choose a folder that you may write.") from error
         raise
+
+
+def _is_one_of(codes: tuple[int, ...], error: Exception) -> bool:
+    """Libraries that report an error of the system as their own keep its words only."""
+    code = getattr(error, "errno", None)
+    return code in codes if code is not None else any(os.strerror(code) in str(error) for code in codes)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -17,21 +21,26 @@ from transformers import GenerationConfig
 
 from .commands import given_fields, model_arguments
 from .config import BlockPruningConfig
-from .errors import ConfigurationError
+from .errors import ConfigurationError, OutputError
 from .evaluation import EvaluationSpec
 from .loading import load_model, split_gguf
 from .plan import PruningPlan
 from .pruner import BlockPruner
 from .registry import available_strategies
+from .saving import check_output
+
+
+# Fields that matter to `run --blocks ... --eval-dataset D`, where nothing is searched.
+_EVALUATION_FIELDS = ("dataset_text_field", "seqlen", "use_chat_template")
 
 
 def run(args: Namespace) -> None:
     """Chooses blocks (or takes those of `--blocks`), prunes, proves and saves."""
     _show_progress()
-    config = None if args.blocks else _config(args)
-    pruner = _pruner(args, config)
-    plan = PruningPlan.from_blocks(pruner.model, args.blocks) if args.blocks else None
     _refuse_search_flags(args)
+    check_output(args.output, overwrite=args.overwrite)
+    pruner = _pruner(args, _config(args))
+    plan = PruningPlan.from_blocks(pruner.model, args.blocks) if args.blocks else None
     pruner.check_save(args.output, plan=plan, overwrite=args.overwrite, verify=args.verify)
     held_out = args.eval_dataset
     if held_out is not None:
@@ -46,9 +55,12 @@ def run(args: Namespace) -> None:
 def plan(args: Namespace) -> None:
     """Chooses blocks and writes the plan."""
     _show_progress()
-    pruner = _pruner(args, _config(args))
-    made = pruner.make_plan()
-    path = made.save(args.output)
+    config = _config(args)
+    with _writing(args.output), TemporaryFile(dir=Path(args.output).absolute().parent):
+        pass
+    made = _pruner(args, config).make_plan()
+    with _writing(args.output):
+        path = made.save(args.output)
     text = f"{path}: {made.strategy} removes {_listed(made.removed_blocks)} of {made.num_blocks} blocks"
     _print(args, {"output": str(path), **made.to_dict()}, text)
 
@@ -59,11 +71,9 @@ def apply(args: Namespace) -> None:
     source, loading = split_gguf(args.model, model_arguments(args))
     if "gguf_file" in loading:
         raise ConfigurationError("apply rewrites safetensors; prune a GGUF file with: run --blocks I,J,...")
-    for name in ("dtype", "device_map"):
-        if name in loading:
-            raise ConfigurationError(
-                f"apply copies the tensors as they are; --{name.replace('_', '-')} has no effect."
-            )
+    for name in ("dtype", "device_map", "tokenizer"):
+        if name in loading or (name == "tokenizer" and args.tokenizer is not None):
+            raise ConfigurationError(f"apply copies the files as they are; --{name.replace('_', '-')} has no effect.")
     chosen = PruningPlan.from_file(args.plan)
     path = chosen.apply_to_checkpoint(source, args.output, overwrite=args.overwrite, verify=args.verify, **loading)
     text = f"{path}: {len(chosen.blocks)} of {chosen.num_blocks} blocks, without {_listed(chosen.removed_blocks)}"
@@ -103,21 +113,31 @@ def _config(args: Namespace) -> BlockPruningConfig:
     return BlockPruningConfig.from_pretrained(args.config, **given)
 
 
-def _pruner(args: Namespace, config: BlockPruningConfig | None) -> BlockPruner:
+def _pruner(args: Namespace, config: BlockPruningConfig) -> BlockPruner:
     return BlockPruner.from_pretrained(args.model, config, args.tokenizer, **model_arguments(args))
 
 
 def _refuse_search_flags(args: Namespace) -> None:
     """An option that would be ignored is an error."""
-    given = sorted(given_fields(args)) + (["config"] if args.config else [])
+    used = _EVALUATION_FIELDS if args.eval_dataset is not None else ()
+    given = [name for name in sorted(given_fields(args)) if name not in used] + (["config"] if args.config else [])
     if args.blocks and given:
         raise ConfigurationError(f"--blocks names the blocks itself; {', '.join(given)} would have no effect.")
 
 
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Explains why a plan cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"The plan cannot be written to '{path}': {error}.") from error
+
+
 def _measure(args: Namespace, name: str, fields: dict[str, Any], baseline: Any) -> dict[str, Any]:
     config = BlockPruningConfig(**fields)
-    pruner = BlockPruner.from_pretrained(name, config, args.tokenizer, **model_arguments(args))
     spec = EvaluationSpec(stride=args.stride, batch_size=config.batch_size)
+    pruner = BlockPruner.from_pretrained(name, config, args.tokenizer, **model_arguments(args))
     samples = fields.get("num_samples")
     result = pruner.evaluate(config.dataset, spec=spec, num_samples=samples, baseline=baseline, label=name)
     if args.prompt is not None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_blockprune import checkpoint, tensors
 from optimum_blockprune.checkpoint import apply_to_checkpoint
 from optimum_blockprune.errors import (
+    BlockPruningError,
     CheckpointError,
     ConfigurationError,
     OutputError,
@@ -288,6 +289,21 @@ def test_an_adapter_is_refused(llama: Path) -> None:
 def test_a_quantised_checkpoint_is_refused(llama: Path) -> None:
     edit_json(llama / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     refused(UnsupportedModelError, "quantised", llama)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "wide"}, "is malformed|cannot be loaded"),
+        ({"num_attention_heads": 3}, "is malformed|cannot be loaded"),
+        ({"layer_types": ["full_attention"]}, "is malformed|cannot be loaded"),
+        ({"intermediate_size": 49}, "does not load as a causal language model"),
+        ({"hidden_act": "unheard of"}, "does not load as a causal language model"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(fields: dict[str, object], message: str, llama: Path) -> None:
+    edit_json(llama / "config.json", **fields)
+    refused(BlockPruningError, message, llama)
 
 
 def test_a_plan_for_another_model_is_refused(llama: Path) -> None:

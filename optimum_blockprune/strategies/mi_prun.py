@@ -41,7 +41,7 @@ class MIPrunOptions:
             sign, scale and shift and is ours; see `optimum_blockprune.estimators`.
         select: `"fast"` is the paper's Fast-Block-Select. `"dp"` is the exact optimum over disjoint runs: of the sum
             of run scores (with mutual information it breaks the removal into many short runs), or, with
-            `"identity_decoder"`, of the additive damage D_add, which is the sensible combination.
+            `"identity_decoder"`, of minus the damage D_add, whose terms add up over runs.
         k: Extra candidates per run length (Eq. 6); the paper gives no value, 5 fits its Figure 2.
         max_tokens: Tokens to measure on, an even share of every window, chosen by the seed.
         chunk_tokens: Tokens whose hidden states are held at once, and among which ranks are taken.

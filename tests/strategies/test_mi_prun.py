@@ -73,14 +73,16 @@ def windows_of(count: int, length: int, mask: Tensor | None = None) -> Calibrati
     return CalibrationWindows.from_tokens(torch.arange(count * length).view(count, length), mask, source="test")
 
 
-def context_for(runner: FakeRunner, windows: CalibrationWindows | None, num_remove: int, **options: Any):
+def context_for(
+    runner: FakeRunner, windows: CalibrationWindows | None, num_remove: int, **options: Any
+) -> SearchContext:
     batch_size, seed = options.pop("batch_size", 4), options.pop("seed", 0)
     return SearchContext(
         runner=runner,
         windows=windows,
         options=MIPrunOptions(**options),
         num_remove=num_remove,
-        removable=options.get("removable", tuple(range(runner.num_blocks))),
+        removable=tuple(range(runner.num_blocks)),
         batch_size=batch_size,
         seed=seed,
         progress=lambda total, description: tqdm(total=total, desc=description, disable=True),

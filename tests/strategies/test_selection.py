@@ -10,6 +10,7 @@ import pytest
 from optimum_blockprune.errors import ConfigurationError, NonFiniteError
 from optimum_blockprune.strategies.selection import (
     Run,
+    RunScore,
     Selection,
     best_disjoint_runs,
     fast_block_select,
@@ -23,7 +24,7 @@ def random_table(generator: random.Random, blocks: int) -> dict[Run, float]:
     return {run: generator.uniform(-1, 1) for run in runs}
 
 
-def lookup(table: dict[Run, float]):
+def lookup(table: dict[Run, float]) -> RunScore:
     return lambda start, length: table[Run(start, length)]
 
 
