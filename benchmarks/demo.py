@@ -20,8 +20,8 @@ from texts import smollm2_gguf, write_texts
 
 FOLDER = Path(".demo")
 PROMPT = "The capital of France is"
-RUN = ["--strategy", "mi_prun", "--num-blocks", "3", "--num-samples", "8", "--seqlen", "512"]
-EVALUATE = ["--num-samples", "8", "--seqlen", "512"]
+RUN = ["--strategy", "mi_prun", "--strategy-option", "estimator=identity_decoder", "--num-blocks", "4"]
+TEXT = ["--num-samples", "16", "--seqlen", "512"]
 ROWS = (
     ("blocks", "blocks", "{:d}"),
     ("parameters", "parameters", "{:,d}"),
@@ -39,9 +39,9 @@ def main() -> None:
     calibration, held_out = write_texts(FOLDER)
     dense, pruned = FOLDER / "dense", FOLDER / "pruned"
     gguf = smollm2_gguf()
-    _cli("run", "-m", gguf, *RUN, "--dataset", calibration, "--overwrite", pruned)
+    _cli("run", "-m", gguf, *RUN, *TEXT, "--dataset", calibration, "--overwrite", pruned)
     _convert(gguf, dense)
-    figures = _cli("evaluate", "-m", pruned, "--baseline", dense, *EVALUATE, "--dataset", held_out, "--json")
+    figures = _cli("evaluate", "-m", pruned, "--baseline", dense, *TEXT, "--dataset", held_out, "--json")
     results = {"dense": figures["baseline"], "pruned": figures["model"]}
     for name, folder in (("dense", dense), ("pruned", pruned)):
         results[name]["megabytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6

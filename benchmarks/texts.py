@@ -56,7 +56,9 @@ def _articles() -> list[str]:
 def _prose(page: str) -> str:
     """Strips wiki mark-up; what is left are paragraphs of running text."""
     page = html.unescape(page)
-    page = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<(math|gallery|pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
+    page = re.sub(
+        r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<(math|gallery|pre|code)\b.*?</\1>", "", page, flags=re.DOTALL
+    )
     for _ in range(6):  # templates and tables nest
         page = re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", page)
     page = re.sub(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*(?:\[\[[^\]]*\]\][^\[\]]*)*\]\]", "", page)

