@@ -24,8 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .architectures import layout_for
 from .blocks import find_blocks
-from .card import model_card
-from .environment import peak_memory, versions
 from .errors import (
     BlockPruningError,
     CheckpointError,
@@ -38,6 +36,7 @@ from .evaluation import size_of
 from .gate import Expectation, check_mode, expect, prove_folder, require_proof
 from .loading import load_config, load_model
 from .plan import PLAN_FILE, PruningPlan
+from .records import record, write_records
 from .report import REPORT_FILE, PruningReport
 from .saving import atomic_folder, check_output
 from .surgery import apply_plan, renumber_key
@@ -137,10 +136,8 @@ def apply_to_checkpoint(
             if verify == "logits":
                 _prove_bytes(temporary, kept)
         report.verification = {"mode": verify, "passed": verify != "off"}
-        _record(report, plan, before, source.model)
-        plan.save(temporary)
-        report.save(temporary)
-        (temporary / "README.md").write_text(str(model_card(plan, report, title=Path(dst).name)), encoding="utf-8")
+        record(report, plan, before, source.model)
+        write_records(temporary, plan, report, title=Path(dst).name)
     return Path(dst)
 
 
@@ -330,20 +327,3 @@ def _prove_bytes(folder: Path, kept: StoredWeights) -> None:
         raise VerificationError(
             f"The pruned result failed the gate: tensor '{different}' is not the dense one's. Nothing was kept of it."
         )
-
-
-def _record(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
-    """Writes down what was asked for and what came of it."""
-    after = size_of(model)
-    report.requested = dict(plan.requested)
-    report.strategy = plan.strategy
-    report.removed_blocks = list(plan.removed_blocks)
-    report.calibration = dict(plan.calibration) if plan.calibration else None
-    report.strategy_details = dict(plan.details)
-    for name in ("blocks", "parameters"):
-        report.achieved[f"{name}_before"] = before[name]
-        report.achieved[f"{name}_after"] = after[name]
-        report.achieved[f"{name}_removed"] = 1 - after[name] / before[name]
-    report.dtype = str(model.dtype).removeprefix("torch.")
-    report.peak_memory_bytes = peak_memory(model)
-    report.versions = versions()

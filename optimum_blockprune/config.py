@@ -16,14 +16,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from optimum.configuration_utils import BaseConfig
+from optimum.utils import logging
 from optimum.version import __version__ as optimum_version
 from transformers import __version__ as transformers_version
 
 from . import __version__
 from .errors import ConfigurationError, OutputError, nearest
+from .plan import PruningPlan
 from .recipe import BUDGET_FIELDS, Recipe
 from .registry import build_options, get_strategy
 
+
+logger = logging.get_logger("optimum.blockprune.config")
 
 CONFIG_FILE = "block_pruning_config.json"
 FIELD_NAMES = tuple(field.name for field in fields(Recipe))
@@ -125,6 +129,20 @@ class BlockPruningConfig(BaseConfig):
         return config if unused is None else (config, unused)
 
     @classmethod
+    def from_plan(cls, plan: PruningPlan) -> BlockPruningConfig:
+        """Builds the configuration that a plan was made with, as far as the plan knows it (the dataset is not in it).
+
+        Raises:
+            ConfigurationError: The plan removes nothing, or its strategy is not installed.
+        """
+        if not plan.removed_blocks:
+            raise ConfigurationError("A plan that removes nothing has no configuration: every budget removes a block.")
+        if plan.strategy == "manual":
+            blocks = ",".join(map(str, plan.removed_blocks))
+            return cls("manual", num_blocks=len(plan.removed_blocks), strategy_options={"blocks": blocks})
+        return cls(plan.strategy, **plan.requested, strategy_options=dict(plan.options) or None, seed=plan.seed)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Reads a configuration from a folder, a file or a repository on the Hub.
 
@@ -184,6 +202,16 @@ class BlockPruningConfig(BaseConfig):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return _upload(Path(folder), repo_id, **hub_kwargs)
+
+
+def save_config_of(plan: PruningPlan, folder: Path) -> None:
+    """Writes the configuration of `plan` into `folder`; none where there is none, which the plan makes up for."""
+    try:
+        config = BlockPruningConfig.from_plan(plan)
+    except ConfigurationError as error:
+        logger.info(f"No {CONFIG_FILE} is written: {error}")
+        return
+    config.save_pretrained(folder)
 
 
 def _upload(

@@ -14,15 +14,14 @@ from optimum.utils import logging
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .blocks import find_blocks
-from .card import model_card
 from .choosing import choose, held_out_split, num_to_remove, window_spec, windows_for
 from .config import BlockPruningConfig
-from .environment import peak_memory, versions
 from .errors import CalibrationError, ConfigurationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
 from .gate import Expectation, apply_proven, check_mode, expect, prove_folder, require_proof
 from .loading import dequantised, find_tokenizer, load_model, load_tokenizer
 from .plan import PruningPlan
+from .records import record, write_records
 from .report import PruningReport
 from .saving import atomic_folder, check_output
 
@@ -144,6 +143,7 @@ class BlockPruner:
             BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C.
         """
         self.config = config or self.config
+        before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
         check_mode(verify)
         if save_dir is not None:
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
@@ -152,14 +152,14 @@ class BlockPruner:
         elif plan is not self.plan:
             # What an earlier search cost is not the cost of this plan.
             self.report = PruningReport(seconds=self.report.seconds, evaluations=self.report.evaluations)
-        before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
         with self.report.timed("surgery"):
             expected = expect(self.model, plan)
             sizes = size_of(self.model)
             journal = apply_proven(self.model, plan, expected)
         try:
             self.plan, self._expected = plan, expected
-            self._record(plan, sizes)
+            record(self.report, plan, sizes, self.model)
+            self.report.device = str(self.model.device)
             if save_dir is not None:
                 self.save_pretrained(save_dir, overwrite=overwrite, verify=verify)
         except BaseException:
@@ -229,13 +229,9 @@ class BlockPruner:
                 self.tokenizer.save_pretrained(folder)
             prove_folder(folder, self.model, self._expected, verify)
             self.report.verification = {"mode": verify, "passed": verify != "off"}
-            if self._made_by_config(self._expected.plan):
-                self.config.save_pretrained(folder)
-            self._expected.plan.save(folder)
-            self.report.peak_memory_bytes = peak_memory(self.model)
-            self.report.save(folder)
-            card = model_card(self._expected.plan, self.report, title=Path(save_directory).name)
-            (folder / "README.md").write_text(str(card), encoding="utf-8")
+            write_records(
+                folder, self._expected.plan, self.report, title=Path(save_directory).name, config=self.config
+            )
         return Path(save_directory)
 
     def evaluate(
@@ -253,7 +249,8 @@ class BlockPruner:
             dataset: Held-out text, as for `BlockPruningConfig.dataset`; without it the configuration's own, which
                 is what the blocks were chosen on.
             num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text unless given
-                (of c4, which has no end, as many as the configuration says). Of a data set with splits: the test split, without one the validation split, else the training split.
+                (of c4, which has no end, as many as the configuration says). Of a data set with splits: the test split,
+                without one the validation split, else the training split.
             spec: Stride, batch size, speed; the configuration's `batch_size` unless given.
             baseline: The dense model, for the mean KL(dense || this) in nats per token.
             label: Name in the report; `"dense"` before and `"pruned"` after pruning unless given.
@@ -279,36 +276,12 @@ class BlockPruner:
         self.report.evaluations.append(result)
         return result
 
-    def _made_by_config(self, plan: PruningPlan) -> bool:
-        """Whether the configuration is the recipe of `plan`; a plan from elsewhere has another, or none."""
-        recipe = self.config.recipe
-        return plan.strategy == recipe.strategy and dict(plan.requested) == recipe.requested
-
     def _bytes_after(self, plan: PruningPlan | None) -> int:
         """Size of the result on disk, as far as it is known before the blocks are chosen."""
         removed = num_to_remove(self.model, self.config.recipe) if plan is None else len(plan.removed_blocks)
         blocks = find_blocks(self.model).blocks
         sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
         return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
-
-    def _record(self, plan: PruningPlan, before: dict[str, int]) -> None:
-        """Writes what was done into the report."""
-        after = size_of(self.model)
-        report = self.report
-        report.requested = dict(plan.requested)
-        report.strategy = plan.strategy
-        report.removed_blocks = list(plan.removed_blocks)
-        report.calibration = dict(plan.calibration) if plan.calibration else None
-        report.strategy_details = dict(plan.details)
-        report.achieved = {
-            f"{name}_{when}": sizes[name]
-            for name in ("blocks", "parameters")
-            for when, sizes in (("before", before), ("after", after))
-        }
-        report.achieved |= {f"{name}_removed": 1 - after[name] / before[name] for name in ("blocks", "parameters")}
-        report.device = str(self.model.device)
-        report.dtype = str(self.model.dtype).removeprefix("torch.")
-        report.versions = versions()
 
 
 @contextmanager

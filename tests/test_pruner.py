@@ -392,4 +392,4 @@ def test_named_data_sets_are_evaluated_on_held_out_text(name: str, split: str, m
     monkeypatch.setattr(pruner_module, "windows_for", windows_for)
     with pytest.raises(ConnectionError):
         toy_pruner().evaluate(name)
-    assert asked == [(name, split, None)]
+    assert asked == [(name, split, 4 if name == "c4" else None)]

@@ -212,7 +212,7 @@ def test_loaded_models_that_cannot_be_pruned_are_refused_with_what_to_do() -> No
     quantised = tiny_model("llama")
     quantised.is_quantized, quantised.quantization_method = True, "gptq"
     for model, message in (
-        (BertForMaskedLM(BertConfig(**bert)), r"\('bert'\) has no language-model head"),
+        (BertForMaskedLM(BertConfig(**bert)), "'bert' is not a decoder-only language model"),
         (T5ForConditionalGeneration(T5Config(**t5)), "'t5' is an encoder-decoder"),
         (AutoModel.from_config(tiny_config("llama")), "no language-model head; load it with AutoModelForCausalLM"),
         (get_peft_model(tiny_model("llama"), lora), r"'llama' model carries PEFT layers.*model.merge_and_unload\(\)"),

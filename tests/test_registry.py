@@ -51,7 +51,7 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
 
 def test_every_built_in_strategy_is_available() -> None:
     built_in = {entry.name for entry in entry_points(group=GROUP) if entry.dist.name == "optimum-blockprune"}
-    assert built_in >= {"angular", "mi_prun", "random", "shortgpt", "sleb"}
+    assert built_in >= {"angular", "manual", "mi_prun", "random", "shortgpt", "sleb"}
     strategies = available_strategies()
     assert list(strategies) == sorted(strategies)
     for name in built_in:

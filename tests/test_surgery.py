@@ -261,6 +261,7 @@ def test_device_map_is_renumbered() -> None:
         ("model.layers_norm.2", "model.layers_norm.2"),
         ("xmodel.layers.2", "xmodel.layers.2"),
         ("model_layers.2.weight", "model_layers.2.weight"),
+        ("model.layers.2x.weight", "model.layers.2x.weight"),
         ("lm_head.weight", "lm_head.weight"),
     ],
 )

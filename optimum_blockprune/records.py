@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pruned folder says of itself: plan, configuration, report and card, the same whoever wrote the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .card import model_card
+from .config import BlockPruningConfig, save_config_of
+from .environment import peak_memory, versions
+from .evaluation import size_of
+from .plan import PruningPlan
+from .report import PruningReport
+
+
+def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
+    """Writes into the report what was asked for and what came of it.
+
+    Args:
+        report: Is changed.
+        plan: What was applied.
+        before: `evaluation.size_of` the dense model.
+        model: The pruned model.
+    """
+    after = size_of(model)
+    report.requested = dict(plan.requested)
+    report.strategy = plan.strategy
+    report.removed_blocks = list(plan.removed_blocks)
+    report.calibration = dict(plan.calibration) if plan.calibration else None
+    report.strategy_details = dict(plan.details)
+    for name in ("blocks", "parameters"):
+        report.achieved[f"{name}_before"] = before[name]
+        report.achieved[f"{name}_after"] = after[name]
+        report.achieved[f"{name}_removed"] = 1 - after[name] / before[name]
+    report.dtype = str(model.dtype).removeprefix("torch.")
+    report.peak_memory_bytes = peak_memory(model)
+    report.versions = versions()
+
+
+def write_records(
+    folder: Path, plan: PruningPlan, report: PruningReport, *, title: str, config: BlockPruningConfig | None = None
+) -> None:
+    """Writes plan, configuration, report and model card into a finished folder.
+
+    Args:
+        folder: Holds the checkpoint already.
+        plan: What was applied.
+        report: What was measured.
+        title: Heading of the card.
+        config: Is written if the plan was made with it; otherwise what the plan knows of its own.
+    """
+    if config is not None and plan.strategy == config.strategy and dict(plan.requested) == config.recipe.requested:
+        config.save_pretrained(folder)
+    else:
+        save_config_of(plan, folder)
+    plan.save(folder)
+    report.save(folder)
+    (folder / "README.md").write_text(str(model_card(plan, report, title=title)), encoding="utf-8")
