@@ -143,20 +143,19 @@ class BlockPruner:
             BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C.
         """
         self.config = config or self.config
-        before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
         check_mode(verify)
         if save_dir is not None:
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
-        if plan is None:
-            plan = self.make_plan()
-        elif plan is not self.plan:
-            # What an earlier search cost is not the cost of this plan.
-            self.report = PruningReport(seconds=self.report.seconds, evaluations=self.report.evaluations)
+        plan = plan or self.make_plan()
+        before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
         with self.report.timed("surgery"):
             expected = expect(self.model, plan)
             sizes = size_of(self.model)
             journal = apply_proven(self.model, plan, expected)
         try:
+            if plan is not self.plan:
+                # What an earlier search cost is not the cost of this plan.
+                self.report = PruningReport(seconds=self.report.seconds, evaluations=self.report.evaluations)
             self.plan, self._expected = plan, expected
             record(self.report, plan, sizes, self.model)
             self.report.device = str(self.model.device)
@@ -249,8 +248,8 @@ class BlockPruner:
             dataset: Held-out text, as for `BlockPruningConfig.dataset`; without it the configuration's own, which
                 is what the blocks were chosen on.
             num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text unless given
-                (of c4, which has no end, as many as the configuration says). Of a data set with splits: the test split,
-                without one the validation split, else the training split.
+                (of c4, which has no end, as many as the configuration says). Of a data set with splits: the test
+                split, without one the validation split, else the training split.
             spec: Stride, batch size, speed; the configuration's `batch_size` unless given.
             baseline: The dense model, for the mean KL(dense || this) in nats per token.
             label: Name in the report; `"dense"` before and `"pruned"` after pruning unless given.

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_blockprune import checkpoint, tensors
+from optimum_blockprune import BlockPruningConfig, checkpoint, tensors
 from optimum_blockprune.checkpoint import apply_to_checkpoint
 from optimum_blockprune.errors import (
     BlockPruningError,
@@ -196,10 +196,11 @@ def test_tensors_that_no_class_reads_are_kept(llama: Path, tmp_path: Path) -> No
 
 
 def test_companions_are_copied_and_stale_files_are_not(llama: Path, tmp_path: Path) -> None:
+    (llama / "block_pruning_config.json").write_text('{"strategy": "of the dense model"}')
     kept = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "LICENSE", "modeling_x.py"]
     kept += ["special_tokens_map.json", "additional_chat_templates/tools.jinja"]
     stale = ["pytorch_model.bin", "model.gguf", "tf_model.h5", "consolidated.safetensors", "onnx/model.onnx"]
-    stale += ["params.json", "pytorch_model.bin.index.json", "block_pruning_config.json", "picture.png", "notes.md"]
+    stale += ["params.json", "pytorch_model.bin.index.json", "picture.png", "notes.md"]
     for name in [*kept, *stale]:
         (llama / name).parent.mkdir(exist_ok=True)
         (llama / name).write_text("{}")
@@ -211,7 +212,8 @@ def test_companions_are_copied_and_stale_files_are_not(llama: Path, tmp_path: Pa
     pruned = tmp_path / "pruned"
     written = {str(path.relative_to(pruned)) for path in pruned.rglob("*") if path.is_file()}
     own = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
-    assert written == {*kept, *own, "pruning_plan.json", "pruning_report.json"}
+    assert written == {*kept, *own, "pruning_plan.json", "pruning_report.json", "block_pruning_config.json"}
+    assert BlockPruningConfig.from_pretrained(pruned).strategy == "manual"
     assert "The dense model" not in (pruned / "README.md").read_text()
     assert (pruned / "generation_config.json").read_bytes() == (llama / "generation_config.json").read_bytes()
 

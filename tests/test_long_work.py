@@ -27,7 +27,7 @@ from optimum_blockprune.evaluation import EvaluationSpec
 SEARCHING = [
     name
     for name, info in available_strategies().items()
-    if info.distribution == "optimum-blockprune" and name != "random"
+    if info.distribution == "optimum-blockprune" and name not in ("manual", "random")
 ]
 # Where prune(save_dir) can be broken off: names that are looked up at that moment.
 STAGES = {
@@ -40,7 +40,7 @@ STAGES = {
     "tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
     "reloading": "optimum_blockprune.gate.reload",
     "proof of the folder": "optimum_blockprune.pruner.prove_folder",
-    "card": "optimum_blockprune.pruner.model_card",
+    "card": "optimum_blockprune.records.model_card",
     "renaming": "optimum_blockprune.saving._move_into_place",
 }
 GATE = ("proof in memory", "reloading", "proof of the folder")

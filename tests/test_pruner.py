@@ -40,6 +40,7 @@ from optimum_blockprune.evaluation import EvaluationSpec
 
 
 BUILT_IN = [name for name, info in available_strategies().items() if info.distribution == "optimum-blockprune"]
+BUILT_IN.remove("manual")  # it chooses nothing; test_manual.py
 WITHOUT_TOKENIZER = {
     "README.md",
     "block_pruning_config.json",

@@ -26,14 +26,15 @@ LAYERS = (
     ("evaluation", "gate", "strategies.base", "strategies.selection"),
     # strategies decide, the others execute; they meet in the plan
     (
-        "checkpoint",
         "choosing",
+        "records",
+        "strategies.manual",
         "strategies.mi_prun",
         "strategies.random_blocks",
         "strategies.similarity",
         "strategies.sleb",
     ),
-    ("pruner",),
+    ("checkpoint", "pruner"),
     ("shell",),
 )
 # Imports inside a function that point upwards: shortcuts for the user, and what only a command or a plug-in needs.

@@ -44,7 +44,7 @@ class Manual(PruningStrategy):
         blocks = context.options.numbers()
         if len(blocks) != context.num_remove:
             raise ConfigurationError(
-                f"The budget is {context.num_remove} blocks, but blocks={context.options.blocks!r} names {len(blocks)}: "
-                f"set num_blocks={len(blocks)}."
+                f"The budget is {context.num_remove} blocks, but blocks={context.options.blocks!r} names "
+                f"{len(blocks)}: set num_blocks={len(blocks)}."
             )
         return context.plan(blocks)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..calibration import Batch
 from ..errors import ConfigurationError, NonFiniteError, nearest
 from ..plan import PruningPlan
-from ..runner import BlockOutput, perplexity_of
+from ..runner import BlockOutput, BlockRunner, perplexity_of
 from .base import PruningStrategy, SearchContext
 
 
@@ -101,7 +101,8 @@ class _Search:
         self.naive_block_forwards = 0
         if context.options.search == "prefix":
             first = next(iter(self.windows.batches(1)))
-            self.runner.check_replay(Batch(first.input_ids[:, :16], None))
+            # A runner of its own: these few tokens are no calibration window and do not count as one.
+            BlockRunner(self.runner.model).check_replay(Batch(first.input_ids[:, :16], None))
 
     def step(self, removed: list[int], title: str, *, with_dense: bool) -> dict[int | None, float]:
         """Returns the loss (nats per prediction) by candidate; key `None` is the model as it is, where asked."""
