@@ -20,7 +20,7 @@ from texts import smollm2_gguf, write_texts
 
 FOLDER = Path(".demo")
 PROMPT = "The capital of France is"
-RUN = ["--strategy", "mi_prun", "--num-blocks", "4", "--protect-first", "1", "--protect-last", "2"]
+RUN = ["--strategy", "mi_prun", "--num-blocks", "3", "--protect-first", "1", "--protect-last", "2"]
 TEXT = ["--num-samples", "16", "--seqlen", "512"]
 ROWS = (
     ("blocks", "blocks", "{:d}"),

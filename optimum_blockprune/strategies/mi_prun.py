@@ -109,7 +109,6 @@ class MIPrun(PruningStrategy):
         details = {
             "estimator": options.estimator,
             "select": options.select,
-            "block_scores": blocks,
             "runs": [
                 {"start": run.start, "length": run.length, "score": score}
                 for run, score in zip(selection.runs, selection.scores, strict=True)
@@ -119,7 +118,9 @@ class MIPrun(PruningStrategy):
             "tokens": chunk.tokens,
             "stored_values": chunk.stored_values + estimator.stored_values,
         }
-        return context.plan(selection.order, steps=selection.iterations, details=details)
+        return context.plan(
+            selection.order, scores=dict(enumerate(blocks)), steps=selection.iterations, details=details
+        )
 
 
 def _search(

@@ -46,7 +46,7 @@ class ShortGPT(PruningStrategy):
         influence = _mean_distances(context, BoundaryDistance(1, block_influence), real_tokens)
         removed = sorted(context.removable, key=lambda block: (influence[block], block))[: context.num_remove]
         steps = [{"block": block, "block_influence": influence[block]} for block in removed]
-        return context.plan(removed, steps=steps, details={"block_influence": influence})
+        return context.plan(removed, scores=dict(enumerate(influence)), steps=steps)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Angular(PruningStrategy):
         distances = _mean_distances(context, measure, TOKENS[context.options.tokens])
         best = min(starts, key=lambda start: (distances[start], start))
         steps = [{"start": best, "length": length, "distance": distances[best]}]
-        return context.plan(range(best, best + length), steps=steps, details={"distances": distances})
+        scores = dict(enumerate(distances)) if length == 1 else None  # a longer run's distance is no block's score
+        return context.plan(range(best, best + length), scores=scores, steps=steps, details={"distances": distances})
 
 
 def _mean_distances(

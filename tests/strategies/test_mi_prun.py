@@ -122,7 +122,7 @@ def test_best_run_comes_first_and_ascends() -> None:
 def test_plan_says_how_it_was_chosen() -> None:
     plan = MIPrun().select(context_for(FakeRunner(SIZES), windows_of(16, 64), 4, chunk_tokens=256))
     details = plan.details
-    scores = details["block_scores"]
+    scores = list(plan.scores.values())
     assert len(scores) == 8
     assert sorted(range(8), key=scores.__getitem__, reverse=True)[:2] == [6, 7]
     assert details["tokens"] == 16 * 63
@@ -141,7 +141,7 @@ def test_scores_are_those_of_the_estimator_on_all_tokens() -> None:
     plan = MIPrun().select(context_for(runner, windows, 4, chunk_tokens=2048))
     direct = GaussianCopula()
     direct.add(torch.stack([states[windows.input_ids[:, 1:].flatten()] for states in runner.states]))
-    assert plan.details["block_scores"] == pytest.approx(direct.all_runs().diagonal(1).tolist(), rel=1e-9)
+    assert list(plan.scores.values()) == pytest.approx(direct.all_runs().diagonal(1).tolist(), rel=1e-9)
 
 
 def test_dp_with_the_identity_decoder_minimises_the_added_damage() -> None:
@@ -223,7 +223,7 @@ def test_batch_size_changes_nothing(estimator: str, batch_size: int) -> None:
 def test_seed_chooses_the_tokens_and_no_global_generator_is_used() -> None:
     def scores(seed: int) -> list[float]:
         context = context_for(FakeRunner(SIZES), windows_of(8, 64), 3, max_tokens=100, seed=seed)
-        return MIPrun().select(context).details["block_scores"]
+        return list(MIPrun().select(context).scores.values())
 
     torch.manual_seed(1)
     before = torch.get_rng_state()

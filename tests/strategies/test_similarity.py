@@ -75,14 +75,14 @@ def test_shortgpt_removes_the_lowest_block_influence_first(mask: Tensor | None) 
     plan = ShortGPT().select(context_for(FakeRunner(turns), 3, mask=mask))
     expected = [1 - math.cos(turn) for turn in turns]
     assert plan.removed_blocks == (3, 1, 4)
-    assert plan.details["block_influence"] == pytest.approx(expected, rel=1e-3)
+    assert list(plan.scores.values()) == pytest.approx(expected, rel=1e-3)
     assert [step["block"] for step in plan.steps] == [3, 1, 4]
-    assert plan.steps[0]["block_influence"] == plan.details["block_influence"][3]
+    assert plan.steps[0]["block_influence"] == plan.scores["3"]
 
 
 def test_shortgpt_averages_over_all_real_tokens() -> None:
     runner = FakeRunner([0.2, 0.2], last_turns=[0.8, 0.2])
-    influence = ShortGPT().select(context_for(runner, 1, mask=padded())).details["block_influence"]
+    influence = list(ShortGPT().select(context_for(runner, 1, mask=padded())).scores.values())
     tokens = int(padded().sum())
     expected = ((tokens - 4) * (1 - math.cos(0.2)) + 4 * (1 - math.cos(0.8))) / tokens
     assert influence == pytest.approx([expected, 1 - math.cos(0.2)], rel=1e-4)
