@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from texts import smollm2_gguf, write_texts
+from material import machine, smollm2_gguf, write_texts
 
 
 FOLDER = Path(".demo")
@@ -38,7 +38,7 @@ def main() -> None:
     begin = time.perf_counter()
     calibration, held_out = write_texts(FOLDER)
     dense, pruned = FOLDER / "dense", FOLDER / "pruned"
-    gguf = smollm2_gguf()
+    gguf = Path(os.path.relpath(smollm2_gguf()))
     _cli("run", "-m", gguf, *RUN, *TEXT, "--dataset", calibration, "--overwrite", pruned)
     _convert(gguf, dense)
     figures = _cli("evaluate", "-m", pruned, "--baseline", dense, *TEXT, "--dataset", held_out, "--json")
@@ -47,7 +47,7 @@ def main() -> None:
         results[name]["megabytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
         results[name]["text"] = _continuation(folder)
     _print_table(results)
-    sys.stdout.write(f"\n{time.perf_counter() - begin:.0f} s; the pruned model is in {pruned}/\n")
+    sys.stdout.write(f"\n{machine()}\n{time.perf_counter() - begin:.0f} s; the pruned model is in {pruned}/\n")
 
 
 def _cli(command: str, *arguments: object) -> dict:

