@@ -8,6 +8,7 @@ import re
 import shlex
 from argparse import ArgumentParser
 from dataclasses import fields
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,11 +60,11 @@ def test_shell_commands_are_understood(page: Path, capsys) -> None:
             assert parser.parse_args(words[1:]).func
 
 
-def test_the_strategy_of_the_guide_works() -> None:
+def test_the_strategy_of_the_guide_works(tmp_path: Path, monkeypatch) -> None:
     code, *_ = blocks(ROOT / "docs" / "writing-a-strategy.md", "python")
-    scope: dict[str, object] = {"__name__": "guide"}
-    exec(compile(code.replace("from __future__", "#"), "guide", "exec"), scope)
-    strategy = scope["LastFirst"]
+    (tmp_path / "strategy_of_the_guide.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    strategy = import_module("strategy_of_the_guide").LastFirst
     assert issubclass(strategy, PruningStrategy)
     context = SearchContext(
         runner=BlockRunner(tiny_model("llama", 5)),
