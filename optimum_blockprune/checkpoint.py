@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from optimum.utils import logging
 from tqdm.auto import tqdm
@@ -39,6 +40,7 @@ from .plan import PLAN_FILE, PruningPlan
 from .records import record, write_records
 from .report import REPORT_FILE, PruningReport
 from .saving import atomic_folder, check_output
+from .skeleton import load_skeleton, model_dtype
 from .surgery import apply_plan, renumber_key
 from .tensors import INDEX_FILE, WEIGHTS_FILE, StoredWeights, difference, read_weights, shard_names, write_weights
 
@@ -206,7 +208,7 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
         raise CheckpointError(f"The config.json of '{folder}' is malformed: {error}") from error
     layout_for(config).check(plan)
     require_proof(config, verify)
-    model, unknown = _on_meta(folder, remote_code)
+    model, unknown = _on_meta(folder, config, remote_code)
     lists = _block_prefix(weights.tensors, model), find_blocks(model).path
     if unknown:
         logger.warning(
@@ -215,17 +217,12 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
     return _Source(folder, weights, model, lists, unknown)
 
 
-def _on_meta(folder: Path, remote_code: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _on_meta(folder: Path, config: Any, remote_code: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Builds the dense model without its weights; also returns the stored tensors that it does not use."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map={"": "meta"},
-            trust_remote_code=remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code))
+        model, info = load_skeleton(kind, folder, config, dtype=model_dtype(config))
     except Exception as error:  # transformers, safetensors and huggingface_hub have no common base class
         raise CheckpointError(f"'{folder}' does not load as a causal language model: {error}") from error
     missing = sorted(map(str, info.get("missing_keys") or ()))

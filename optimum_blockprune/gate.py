@@ -21,7 +21,6 @@ import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,11 @@ from .calibration import Batch
 from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
 from .plan import PruningPlan
 from .runner import BlockRunner, evaluating
+from .skeleton import load_skeleton
 from .surgery import Journal, apply_plan, block_traits
 
 
 logger = logging.get_logger("optimum.blockprune.gate")
-
-# transformers 4 cannot load files onto the meta device; there, even "keys" reads the weights.
-_KEYS_DEVICE = "meta" if int(version("transformers").split(".")[0]) >= 5 else "cpu"
 
 VERIFY_MODES = ("logits", "keys", "off")
 
@@ -138,7 +135,7 @@ def prove_folder(
     require_proof(model.config, verify)
     if verify == "off":
         return
-    device = _KEYS_DEVICE if verify == "keys" else _reload_device(model)
+    device = torch.device("meta") if verify == "keys" else _reload_device(model)
     reloaded = reload(folder, model, device, extra=extra)
     _prove_fields(reloaded, model)
     _prove_traits(reloaded, model)
@@ -164,24 +161,23 @@ def reload(
     # Without it, transformers builds a model of the class's default size.
     _require((Path(folder) / "config.json").is_file(), "it has no config.json")
     # A model class from a repository's own code is passed to from_pretrained as it is: nothing is executed anew.
+    kind, settings = type(model), {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     try:
-        reloaded, info = type(model).from_pretrained(
-            folder,
-            dtype=model.dtype,
-            device_map={"": device},
-            attn_implementation=model.config._attn_implementation,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        if torch.device(device).type == "meta":
+            config = kind.config_class.from_pretrained(folder, local_files_only=True)
+            reloaded, info = load_skeleton(kind, folder, config, **settings)
+        else:
+            settings |= {"device_map": {"": device}, "output_loading_info": True, "local_files_only": True}
+            reloaded, info = kind.from_pretrained(folder, **settings)
     except torch.OutOfMemoryError as error:
         raise VerificationError("No room to load the result beside the model: use verify='keys'.") from error
     except Exception as error:  # transformers, safetensors and huggingface_hub have no common base class
         raise VerificationError(f"The pruned checkpoint does not load: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
-        problems = set(map(str, info.get(kind) or ()))
-        if kind == "unexpected_keys":
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        problems = set(map(str, info.get(fault) or ()))
+        if fault == "unexpected_keys":
             problems -= set(extra)
-        _require(not problems, f"{kind.replace('_', ' ')} on loading: {sorted(problems)[:5]}")
+        _require(not problems, f"{fault.replace('_', ' ')} on loading: {sorted(problems)[:5]}")
     return reloaded.eval()
 
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("architectures", "calibration", "card", "commands", "config"),
     # one live model, and what is measured on its hidden states
     ("blocks", "loading", "measures"),
-    ("estimators", "runner", "surgery"),
+    ("estimators", "runner", "skeleton", "surgery"),
     ("evaluation", "gate", "strategies.base", "strategies.selection"),
     # strategies decide, the others execute; they meet in the plan
     (
