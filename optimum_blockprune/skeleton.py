@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .tensors import read_weights
 
@@ -33,7 +33,10 @@ def load_skeleton(
     # transformers 4 opens files on the target device, and meta is none to them; tensors that are there already load.
     shapes = {name: tensor.shape for name, tensor in read_weights(Path(folder)).tensors.items()}
     state = {name: torch.empty(shape, dtype=model_dtype(config), device="meta") for name, shape in shapes.items()}
-    return model_class.from_pretrained(None, state_dict=state, **settings)
+    model, report = model_class.from_pretrained(None, state_dict=state, **settings)
+    if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, report
 
 
 def model_dtype(config: PretrainedConfig) -> torch.dtype:
