@@ -164,6 +164,11 @@ class CalibrationWindows:
             mask = None if self.attention_mask is None else self.attention_mask[rows]
             yield Batch(self.input_ids[rows], None if mask is None or bool(mask.all()) else mask)
 
+    def first(self, count: int) -> CalibrationWindows:
+        """Returns the first `count` windows: neighbours in the text, where a seeded choice is scattered over it."""
+        mask = None if self.attention_mask is None else self.attention_mask[:count]
+        return CalibrationWindows.from_tokens(self.input_ids[:count], mask, source=self.source, recipe=self.recipe)
+
     def describe(self) -> dict[str, Any]:
         """Returns what plans, reports and cards say about the data, as JSON values."""
         return {

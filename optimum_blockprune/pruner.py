@@ -263,11 +263,15 @@ class BlockPruner:
         split = held_out_split(dataset)
         if num_samples is None and dataset == "c4":
             num_samples = self.config.num_samples
-        wanted = window_spec(self.config.recipe, num_samples=num_samples, recipe="windows", split=split)
+        spec = spec or EvaluationSpec(batch_size=self.config.recipe.batch_size)
+        # Windows that overlap need running text, not a choice of windows from all over it.
+        chosen = num_samples if spec.stride is None else None
+        wanted = window_spec(self.config.recipe, num_samples=chosen, recipe="windows", split=split)
         text = windows_for(self.model, dataset, self.tokenizer, wanted)
+        if chosen != num_samples:
+            text = text.first(num_samples)
         if isinstance(baseline, (str, Path)):
             baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
-        spec = spec or EvaluationSpec(batch_size=self.config.recipe.batch_size)
         with self.report.timed("evaluation"):
             result = evaluate_model(self.model, text, spec, baseline=baseline)
         pruned = getattr(self.model.config, "block_pruning", None)

@@ -35,8 +35,10 @@ from optimum_blockprune import (
     available_strategies,
 )
 from optimum_blockprune import pruner as pruner_module
+from optimum_blockprune.calibration import WindowSpec
+from optimum_blockprune.choosing import windows_for
 from optimum_blockprune.errors import ConfigurationError, OutputError, PlanError, UnsupportedModelError
-from optimum_blockprune.evaluation import EvaluationSpec
+from optimum_blockprune.evaluation import EvaluationSpec, evaluate_model
 
 
 BUILT_IN = [name for name, info in available_strategies().items() if info.distribution == "optimum-blockprune"]
@@ -394,3 +396,13 @@ def test_named_data_sets_are_evaluated_on_held_out_text(name: str, split: str, m
     with pytest.raises(ConnectionError):
         toy_pruner().evaluate(name)
     assert asked == [(name, split, 4 if name == "c4" else None)]
+
+
+def test_a_stride_reads_on_in_the_text_instead_of_choosing_windows(dense: Path) -> None:
+    pruner = BlockPruner.from_pretrained(dense, config(seqlen=8))
+    strided = EvaluationSpec(stride=4, speed=False)
+    few = pruner.evaluate(num_samples=3, spec=strided)
+    text = windows_for(pruner.model, pruner.config.dataset, pruner.tokenizer, WindowSpec(num_samples=None, seqlen=8))
+    expected = evaluate_model(pruner.model, text.first(3), strided)
+    assert few["windows"] == 3 and few["nll"] == expected["nll"]
+    assert few["fingerprint"] == text.first(3).fingerprint != text.fingerprint
