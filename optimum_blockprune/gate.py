@@ -68,7 +68,8 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     """Runs the dense model on a fixed random probe with the plan's blocks switched off; `model` is not changed."""
     layout_for(model.config).check(plan)
     generator = torch.Generator().manual_seed(0)
-    shape = (_PROBE_WINDOWS, _PROBE_LENGTH)
+    limit = getattr(model.config, "max_position_embeddings", None) or _PROBE_LENGTH + _GENERATED
+    shape = (_PROBE_WINDOWS, max(2, min(_PROBE_LENGTH, limit - _GENERATED)))
     batch = Batch(torch.randint(0, model.config.vocab_size, shape, generator=generator), None)
     runner = BlockRunner(model)
     logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
@@ -252,7 +253,7 @@ def _prove_cache(model: PreTrainedModel, expected: Expectation) -> None:
         raise VerificationError(f"The pruned model does not generate with a KV cache: {error}") from error
     cached = torch.stack(out.logits, dim=1).float().cpu()
     whole = BlockRunner(model).logits(Batch(out.sequences.cpu(), None)).float().cpu()
-    error = _relative_error(cached, whole[:, _PROBE_LENGTH - 1 : -1], model.dtype)
+    error = _relative_error(cached, whole[:, ids.shape[1] - 1 : -1], model.dtype)
     _require(
         error <= _TOLERANCE.get(model.dtype, 2e-4),
         f"generation with a KV cache differs from generation without one by {error:.2g} of the largest logit",

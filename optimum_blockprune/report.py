@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import CheckpointError
+
 
 REPORT_FILE = "pruning_report.json"
 
@@ -81,7 +83,14 @@ class PruningReport:
 
     @classmethod
     def from_file(cls, path: str | Path) -> PruningReport:
-        """Reads a report from a JSON file, or from the folder that holds `pruning_report.json`."""
+        """Reads a report from a JSON file, or from the folder that holds `pruning_report.json`.
+
+        Raises:
+            CheckpointError: There is no such file, or it holds something else.
+        """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"'{path}' is no readable pruning report: {error}") from error

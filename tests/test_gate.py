@@ -503,3 +503,13 @@ def test_plain_surgery_is_what_is_proved() -> None:
     expected = expect(model, plan)
     apply_plan(model, plan)
     prove_live(model, expected)
+
+
+def test_a_model_with_few_positions_is_probed_within_them(tmp_path: Path) -> None:
+    pruner_model = tiny_model("gpt2", 4, n_positions=10)
+    plan = PruningPlan.from_blocks(pruner_model, [1])
+    expected = gate.expect(pruner_model, plan)
+    assert expected.batch.input_ids.shape == (2, 4)
+    gate.apply_proven(pruner_model, plan, expected)
+    pruner_model.save_pretrained(tmp_path)
+    gate.prove_folder(tmp_path, pruner_model, expected)

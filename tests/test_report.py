@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optimum_blockprune import report as report_module
+from optimum_blockprune.errors import CheckpointError
 from optimum_blockprune.report import REPORT_FILE, PruningReport
 
 
@@ -85,3 +86,11 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with report.timed("save"):
         pass
     assert report.seconds == {"search": 2.5, "save": 4.0}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]"])
+def test_what_is_no_report_is_refused(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / REPORT_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no readable pruning report"):
+        PruningReport.from_file(tmp_path)
