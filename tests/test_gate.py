@@ -513,3 +513,23 @@ def test_a_model_with_few_positions_is_probed_within_them(tmp_path: Path) -> Non
     gate.apply_proven(pruner_model, plan, expected)
     pruner_model.save_pretrained(tmp_path)
     gate.prove_folder(tmp_path, pruner_model, expected)
+
+
+def test_one_wrong_position_is_seen_in_half_precision_too() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    plan = PruningPlan.from_blocks(model, [1])
+    expected = expect(model, plan)
+    expected.logits[0, -1] += expected.logits.abs().max()
+    with pytest.raises(VerificationError, match="logits differ"):
+        apply_proven(model, plan, expected)
+
+
+def test_a_table_that_is_not_saved_must_come_back(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    plan = PruningPlan.from_blocks(model, [1])
+    expected = expect(model, plan)
+    apply_proven(model, plan, expected)
+    model.save_pretrained(tmp_path)
+    model.model.rotary_emb.inv_freq[-1] *= 1.0001  # too little for the logits
+    with pytest.raises(VerificationError, match="inv_freq"):
+        prove_folder(tmp_path, model, expected)
