@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from optimum.utils import logging
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,9 @@ from .report import PruningReport
 from .runner import BlockRunner
 from .strategies.base import PruningStrategy, SearchContext
 from .text import HUB_DATASETS
+
+
+logger = logging.get_logger("optimum.blockprune.choosing")
 
 
 def choose(
@@ -51,6 +55,8 @@ def choose(
     removable = _removable(recipe, strategy, stack)
     num_remove = num_to_remove(model, recipe)
     windows = _calibrate(model, recipe, tokenizer, report) if strategy.needs_data else None
+    if windows is None and recipe.dataset is not None:
+        logger.warning(f"Strategy '{recipe.strategy}' measures nothing; dataset={recipe.dataset!r:.80} has no effect.")
     runner = BlockRunner(model)
     context = SearchContext(
         runner=runner,
