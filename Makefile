@@ -3,7 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test test-slow style format clean
+MIN := .venv-min/bin
+MIN_INSTALLED := .venv-min/.installed
+
+.PHONY: venv demo test test-slow test-min style format clean architectures
 
 venv: $(INSTALLED)
 
@@ -24,6 +27,19 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# The lower end of the supported range. torch stays at the version with a CPU wheel: 2.4 would bring CUDA.
+$(MIN_INSTALLED): setup.cfg tests/minimum.txt
+	test -x $(MIN)/python || $(PYTHON) -m venv .venv-min
+	$(MIN)/python -m pip install --quiet torch==2.13.0
+	$(MIN)/python -m pip install --quiet --constraint tests/minimum.txt --editable . pytest
+	touch $@
+
+test-min: $(MIN_INSTALLED)
+	$(MIN)/python -m pytest tests/test_families.py tests/test_surgery.py tests/test_template.py
+
+architectures: venv
+	$(BIN)/python benchmarks/architectures.py
 
 style: venv
 	$(BIN)/ruff check .

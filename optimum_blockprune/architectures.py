@@ -1,97 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architecture table: which configuration fields depend on the blocks, and how each follows a plan.
+"""How a configuration describes its blocks, and what must change in it when some of them go.
 
-The facts are data (`architectures.json`): families whose exactness the test suite proves, fields with a rule each,
-and model types that are refused or constrained. The rules themselves are the small functions below. Adding a family
-is adding a row. A list is never sliced merely because its length equals the depth: only fields named in the table
-are touched, and a model type that is not a proven family is accepted only if the gate proves the result.
-
-Does not cover: weights outside the blocks that have a slice per block, encoder-decoders, encoders and multimodal
-wrappers; all of these are refused by name.
+A model has one or two stacks of blocks. The stack's configuration may be the model's own (Llama, BART) or nested in
+it (the text decoder of LLaVA, the two halves of T5Gemma); only that one is edited. A list is never sliced merely
+because its length equals the depth: only fields of the table are touched, and a model type that the table does not
+name as proven is accepted only if the gate proves the result.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from .constraints import Situation, protected, raise_if_broken, uncached
 from .errors import PlanError, UnsupportedModelError
+from .kinds import DECODER, ENCODER, STACKS, Kind, kind_of
 from .plan import PruningPlan
+from .rules import RULES, Following, exceptions_written_out, is_set
+from .table import FieldRule, table
 
 
-@dataclass(frozen=True)
-class FieldRule:
-    """One row of the table: what happens to a configuration field when blocks go.
-
-    Attributes:
-        name: The configuration field, or the model type for rows about a whole type.
-        rule: Key of `_RULES`, or `"refuse"` / `"tail_only"`.
-        shift: For `must_match`: block i belongs to the pattern when `(i + shift - offset) % period == 0`.
-        offset_field: For `must_match`: the field that holds `offset`; 0 without one.
-        reason: For `refuse` and `tail_only`: why, in words that end a sentence.
-    """
-
-    name: str
-    rule: str
-    shift: int = 0
-    offset_field: str | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The whole of `architectures.json`, typed."""
-
-    families: frozenset[str]
-    fields: Mapping[str, FieldRule]
-    model_types: Mapping[str, FieldRule]
-
-
-@cache
-def table() -> Table:
-    """Reads `architectures.json` once."""
-    data = json.loads(files(__package__).joinpath("architectures.json").read_text(encoding="utf-8"))
-    return Table(
-        families=frozenset(data["families"]),
-        fields={name: FieldRule(name, **row) for name, row in data["fields"].items()},
-        model_types={name: FieldRule(name, **row) for name, row in data["model_types"].items()},
-    )
+# Where a flat configuration of two stacks says how deep each is.
+_COUNTS = {
+    DECODER: ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers"),
+    ENCODER: ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
+}
+# Names of nested configurations, from the outside in.
+_NESTED = {
+    DECODER: ("decoder", "decoder_config", "generator", "text_config"),
+    ENCODER: ("encoder", "encoder_config", "text_encoder", "text_config"),
+}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model's configuration describes its blocks.
+    """How one stack of a model is described.
 
     Attributes:
-        config: The live configuration (never changed here).
-        model_type: Its `model_type`.
+        root: The model's own configuration (never changed here).
+        place: Attributes that lead from `root` to the configuration of the stack; empty if it is `root` itself.
+        kind: What kind of model it is.
+        stack: `"decoder"` or `"encoder"`.
+        count_field: The field that holds the number of blocks.
         num_blocks: Number of blocks now.
         base_model: Name or path it was loaded from, if known.
-        proven: Whether the type is a family of the table; otherwise only the gate's logits can accept it.
     """
 
-    config: PretrainedConfig
-    model_type: str
+    root: PretrainedConfig
+    place: tuple[str, ...]
+    kind: Kind
+    stack: str
+    count_field: str
     num_blocks: int
     base_model: str | None
-    proven: bool
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration that describes the stack."""
+        return descend(self.root, self.place)
+
+    @property
+    def model_type(self) -> str:
+        """Type of that configuration."""
+        return self.config.model_type
+
+    @property
+    def proven(self) -> bool:
+        """Whether the test suite proves this type; otherwise only the gate's logits can accept it."""
+        return {self.root.model_type, self.model_type} <= table().families
+
+    @property
+    def subject(self) -> str:
+        """The model, in words that begin a message."""
+        if self.place:
+            return f"Model type '{self.root.model_type}' ({self.stack} '{self.model_type}')"
+        side = f" ({self.stack})" if len(self.kind.stacks) > 1 else ""
+        return f"Model type '{self.model_type}'{side}"
 
     def check(self, plan: PruningPlan) -> None:
         """Raises when `plan` is for another model or cannot be expressed by this architecture."""
-        if plan.model_type != self.model_type or plan.num_blocks != self.num_blocks:
+        theirs = (plan.model_type, plan.stack, plan.num_blocks)
+        if theirs != (self.model_type, self.stack, self.num_blocks):
             raise PlanError(
-                f"The plan was made for a '{plan.model_type}' model of {plan.num_blocks} blocks; this is a "
-                f"'{self.model_type}' model of {self.num_blocks}."
+                f"This plan is for the {plan.stack} of a '{plan.model_type}' model with {plan.num_blocks} blocks, "
+                f"not for the {self.stack} of a '{self.model_type}' model with {self.num_blocks}."
             )
         self.changes(plan)
+
+    def uncached(self) -> str | None:
+        """Why this architecture's own cache is not exact; `None` if it is, as far as the table knows."""
+        return uncached(self._situation())
+
+    def protected(self, candidates: Iterable[int] | None = None) -> dict[int, str]:
+        """Blocks that no search may remove, each with the reason; the others may go one by one, in any choice.
+
+        Args:
+            candidates: Blocks that are asked about; all unless given.
+
+        Raises:
+            UnsupportedModelError: Blocks cannot be chosen one by one: none may go, only the last ones, or only whole
+                periods, which the user has to name (`PruningPlan.from_blocks`, `--blocks`).
+        """
+        found = protected(self._situation())
+        candidates = range(self.num_blocks) if candidates is None else candidates
+        for block in candidates if self.num_blocks > 1 else ():
+            if block not in found:
+                self.changes(PruningPlan.from_removed(self.model_type, self.num_blocks, [block], stack=self.stack))
+        return found
 
     def changes(self, plan: PruningPlan) -> dict[str, Any]:
         """Returns the new value of every configuration field that the plan changes, the block count included.
@@ -99,44 +118,104 @@ class Layout:
         Raises:
             UnsupportedModelError: A field cannot follow the plan; the message names it and what is allowed.
         """
-        kept = plan.kept_blocks
-        row = table().model_types.get(self.model_type)
-        if row is not None:
-            self._constrain(row, kept, f"Model type '{self.model_type}'")
-        # Only stored fields: computed properties (Jamba's layers_block_type) cannot be set and follow by themselves.
-        stored = self.config.to_dict()
+        raise_if_broken(self._situation(), plan.kept_blocks, self.subject)
+        stored = self._stored()
         new: dict[str, Any] = {}
         for rule in table().fields.values():
             value = stored.get(rule.name)
-            if not _is_set(value):
-                continue
-            if rule.rule in ("refuse", "tail_only"):
-                self._constrain(rule, kept, f"Model type '{self.model_type}' with {rule.name}={value!r}")
-            else:
-                new[rule.name] = self._follow(rule, value, kept)
-        new["num_hidden_layers"] = len(kept)
-        return {name: value for name, value in new.items() if value != getattr(self.config, name)}
+            if is_set(value) and self._applies(rule):
+                field = self._following(rule, value, plan.kept_blocks)
+                new[rule.name] = RULES[rule.rule](field)
+                if rule.list_field is not None and new[rule.name] != value:
+                    new[rule.list_field] = exceptions_written_out(field)
+        new[self.count_field] = len(plan.kept_blocks)
+        return {name: value for name, value in new.items() if value != value_of(self.config, name)}
 
     def edited(self, plan: PruningPlan) -> PretrainedConfig:
-        """Returns a copy of the configuration with the plan's changes."""
-        config = copy.deepcopy(self.config)
-        set_fields(config, self.changes(plan), setattr)
-        return config
+        """Returns a copy of the model's configuration with the plan's changes."""
+        root = copy.deepcopy(self.root)
+        set_fields(descend(root, self.place), self.changes(plan), setattr)
+        return root
 
-    def _follow(self, rule: FieldRule, value: Any, kept: tuple[int, ...]) -> Any:
+    def _following(self, rule: FieldRule, value: Any, kept: tuple[int, ...]) -> Following:
         offset = getattr(self.config, rule.offset_field) if rule.offset_field else 0
-        return _RULES[rule.rule](
-            Following(rule.name, value, kept, self.num_blocks, self.model_type, rule.shift - offset)
+        exceptions = getattr(self.config, rule.list_field, None) if rule.list_field else None
+        exceptions = None if exceptions is None else tuple(exceptions)
+        return Following(
+            rule.name, value, kept, self.num_blocks, self.subject, rule.base, rule.shift - offset, exceptions
         )
 
-    def _constrain(self, rule: FieldRule, kept: tuple[int, ...], subject: str) -> None:
-        if rule.rule == "refuse":
-            raise UnsupportedModelError(f"{subject} cannot lose blocks exactly in this version: {rule.reason}.")
-        if kept != tuple(range(len(kept))):
-            raise UnsupportedModelError(
-                f"{subject} can only lose its last blocks: {rule.reason}. "
-                f"Remove blocks from the end only (such as {self.num_blocks - 1})."
-            )
+    def _applies(self, rule: FieldRule) -> bool:
+        """A flat configuration of two stacks holds fields of both."""
+        if rule.model_types and self.model_type not in rule.model_types:
+            return False
+        if rule.unless is not None and rule.unless in self.config.to_dict():
+            return False
+        flat = any(getattr(self.config, name, None) is not None for name in _COUNTS[DECODER])
+        return not flat or len(self.kind.stacks) == 1 or rule.stack == self.stack
+
+    def _stored(self) -> dict[str, Any]:
+        # Only stored fields: computed properties (Jamba's layers_block_type) cannot be set and follow by themselves.
+        return {name: value_of(self.config, name) for name in self.config.to_dict()}
+
+    def _situation(self) -> Situation:
+        return Situation(self.model_type, self.stack, self._stored(), self.num_blocks, self.root.to_dict())
+
+
+def layout_for(model_or_config: Any, stack: str | None = None) -> Layout:
+    """Returns the layout of one stack of a model.
+
+    Args:
+        model_or_config: A loaded model, or a configuration (whose `architectures` then say which class it is).
+        stack: `"decoder"` or `"encoder"`; by default the decoder of an encoder-decoder, else the only one.
+
+    Raises:
+        UnsupportedModelError: Not a model with a stack of transformer blocks over text, or not with this stack.
+    """
+    config, class_name = model_or_config, None
+    if not isinstance(model_or_config, PretrainedConfig):
+        config, class_name = model_or_config.config, type(model_or_config).__name__
+    model_type = getattr(config, "model_type", None) or type(config).__name__
+    kind = kind_of(config, class_name)
+    if kind is None:
+        named = class_name or next(iter(getattr(config, "architectures", None) or ()), "no class")
+        raise UnsupportedModelError(
+            f"Model type '{model_type}' ({named}) is neither a language model (causal, masked, encoder-decoder) nor "
+            "one with a text decoder; load it with a class that has a language-model head, such as "
+            "AutoModelForCausalLM."
+        )
+    chosen = kind.choose(stack)
+    if chosen is None:
+        raise UnsupportedModelError(
+            f"Model type '{model_type}' has no {stack!r} stack to prune; possible: {', '.join(kind.stacks)}."
+            if stack in STACKS
+            else f"Unknown stack {stack!r}; possible: {', '.join(STACKS)}."
+        )
+    place = _place(config, kind, chosen)
+    count_field = _count_field(descend(config, place), kind, chosen)
+    count = getattr(descend(config, place), count_field, None)
+    if not isinstance(count, int) or count < 1:
+        raise UnsupportedModelError(f"Model type '{model_type}' has no number of blocks ('{count_field}').")
+    base_model = getattr(config, "_name_or_path", None) or None
+    return Layout(config, place, kind, chosen, count_field, count, base_model)
+
+
+def descend(config: PretrainedConfig, place: tuple[str, ...]) -> PretrainedConfig:
+    """Follows attributes into nested configurations."""
+    for name in place:
+        config = getattr(config, name)
+    return config
+
+
+def value_of(config: PretrainedConfig, name: str) -> Any:
+    """The value of a field, as plain data.
+
+    Some are kept in one form and stored in another (Dory's layer types); some cannot be read while they differ
+    between blocks (`per_layer_config`), and are what is stored.
+    """
+    if name == "per_layer_config" or name in (getattr(config, "per_layer_attributes", None) or ()):
+        return config.to_dict().get(name)
+    return getattr(config, name, None)
 
 
 def set_fields(config: PretrainedConfig, changes: Mapping[str, Any], assign: Callable[[Any, str, Any], None]) -> None:
@@ -146,138 +225,40 @@ def set_fields(config: PretrainedConfig, changes: Mapping[str, Any], assign: Cal
     """
     for name, value in changes.items():
         assign(config, name, value)
-        if getattr(config, name) != value:
+    for name, value in changes.items():
+        if value_of(config, name) != value:
             raise UnsupportedModelError(
                 f"Model type '{config.model_type}' does not accept a new value for '{name}': it is derived from "
                 "another field that the architecture table does not know."
             )
 
 
-def layout_for(config: PretrainedConfig) -> Layout:
-    """Returns the layout of a decoder-only causal language model's configuration.
-
-    Raises:
-        UnsupportedModelError: Not a causal language model, an encoder, an encoder-decoder, a multimodal wrapper, or
-            a configuration without a block count.
-    """
-    model_type = getattr(config, "model_type", None) or type(config).__name__
-    _refuse_other_kinds(config, model_type)
-    count = getattr(config, "num_hidden_layers", None)
-    if not isinstance(count, int) or count < 1:
-        raise UnsupportedModelError(f"Model type '{model_type}' has no number of blocks ('num_hidden_layers').")
-    return Layout(
-        config=config,
-        model_type=model_type,
-        num_blocks=count,
-        base_model=getattr(config, "_name_or_path", None) or None,
-        proven=model_type in table().families,
-    )
+def _place(config: PretrainedConfig, kind: Kind, stack: str) -> tuple[str, ...]:
+    """Leads to the configuration of the stack."""
+    if len(kind.stacks) == 1:
+        text = config.get_text_config(decoder=True) if stack == DECODER else config.get_text_config()
+        return next((path for path, nested in _nested(config, ()) if nested is text), ())
+    place: tuple[str, ...] = ()
+    while True:
+        here = descend(config, place)
+        inner = [name for name in _NESTED[stack] if isinstance(getattr(here, name, None), PretrainedConfig)]
+        if not inner:
+            return place
+        place = (*place, inner[0])
 
 
-def _refuse_other_kinds(config: PretrainedConfig, model_type: str) -> None:
-    architectures = getattr(config, "architectures", None) or []
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"Model type '{model_type}' is an encoder-decoder; this version prunes decoder-only language models."
-        )
-    names_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    masked = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or names_decoder or remote
-    if (masked and not names_decoder) or not causal:
-        raise UnsupportedModelError(
-            f"Model type '{model_type}' is not a decoder-only language model (encoder-only or another kind); this "
-            "version prunes models that AutoModelForCausalLM loads as decoders."
-        )
-    if config.get_text_config() is not config:
-        raise UnsupportedModelError(
-            f"Model type '{model_type}' wraps a text decoder in a multimodal model; this version prunes text-only "
-            "models. Load the text decoder by its own class if there is one."
-        )
+def _nested(config: PretrainedConfig, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], PretrainedConfig]]:
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _nested(value, (*path, name))
 
 
-def _is_set(value: Any) -> bool:
-    """False for absent, empty, zero and False: fields that say nothing about the blocks."""
-    return value is not None and value is not False and value != 0 and value != [] and value != {}
-
-
-# --- rules: the new value of one field, given the kept blocks ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Following:
-    """What a rule sees: field name and value, kept original indices, old depth, model type, phase of a pattern."""
-
-    name: str
-    value: Any
-    kept: tuple[int, ...]
-    num_blocks: int
-    model_type: str
-    phase: int = 0
-
-
-def _slice(field: Following) -> list[Any]:
-    if len(field.value) != field.num_blocks:
-        raise UnsupportedModelError(
-            f"Model type '{field.model_type}': '{field.name}' has {len(field.value)} entries for {field.num_blocks} "
-            "blocks, so they cannot be matched to each other."
-        )
-    return [field.value[block] for block in field.kept]
-
-
-def _renumber(field: Following) -> list[int]:
-    position = {block: index for index, block in enumerate(field.kept)}
-    return [position[block] for block in field.value if block in position]
-
-
-def _count_below(field: Following) -> int:
-    return sum(block < field.value for block in field.kept)
-
-
-def _last_below(field: Following) -> int:
-    """An inclusive upper end; -1 ("to the last block") stays."""
-    if field.value < 0:
-        return field.value
-    last = sum(block <= field.value for block in field.kept) - 1
-    if last < 0:
-        raise UnsupportedModelError(
-            f"Model type '{field.model_type}': '{field.name}={field.value}' cannot say that none of the blocks up to "
-            f"it is left. Keep one of blocks 0 to {field.value}."
-        )
-    return last
-
-
-def _write_out(field: Following) -> list[Any]:
-    """A cyclic pattern, written out in full for the kept blocks."""
-    return [field.value[block % len(field.value)] for block in field.kept]
-
-
-def _must_match(field: Following) -> Any:
-    """A period with no list behind it: accepted only when the pattern recomputed on load equals the kept one."""
-
-    def in_pattern(block: int) -> bool:
-        return (block + field.phase) % field.value == 0
-
-    if any(in_pattern(old) != in_pattern(new) for new, old in enumerate(field.kept)):
-        raise UnsupportedModelError(
-            f"Model type '{field.model_type}' repeats its block kinds with '{field.name}={field.value}', and no list "
-            "can say otherwise: after this removal it would load as another pattern. Remove blocks so that the "
-            f"rest keeps the period, for example whole groups of {field.value} consecutive blocks."
-        )
-    return field.value
-
-
-def _rescale(field: Following) -> float:
-    """MiniCPM3 multiplies residuals by `scale_depth / sqrt(depth)`; this keeps the quotient."""
-    return field.value * (len(field.kept) / field.num_blocks) ** 0.5
-
-
-_RULES: Mapping[str, Callable[[Following], Any]] = {
-    "slice": _slice,
-    "renumber": _renumber,
-    "count_below": _count_below,
-    "last_below": _last_below,
-    "write_out": _write_out,
-    "must_match": _must_match,
-    "rescale": _rescale,
-}
+def _count_field(config: PretrainedConfig, kind: Kind, stack: str) -> str:
+    """The field with the number of blocks; where one configuration describes two stacks, each has its own."""
+    special = table().counts.get(config.model_type, {}).get(stack)
+    if special is not None:
+        return special
+    stored = config.to_dict()
+    own = [name for name in _COUNTS[stack] if isinstance(stored.get(name), int)]
+    return own[0] if own else "num_hidden_layers"

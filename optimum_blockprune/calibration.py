@@ -14,8 +14,7 @@ Rows that are tokenised already are windows as they are. The remainder of the te
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,9 @@ from optimum.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import CalibrationWindows
 from .errors import CalibrationError, ConfigurationError
+from .model_rows import RowInputs, is_model_row, windows_from_rows
 from .recipe import CALIBRATION_RECIPES
 from .text import chunks, documents, iterate, open_rows, shuffled
 
@@ -56,6 +57,7 @@ class WindowSpec:
         recipe: `"windows"` or `"sleb"`; see the module.
         split: Split to take of a named data set.
         max_length: The longest input that the model takes, in tokens; `seqlen` is clipped to it.
+        inputs: What rows may hold for the model besides `input_ids`; `None` if nothing.
 
     Raises:
         ConfigurationError: When a value is impossible.
@@ -69,6 +71,7 @@ class WindowSpec:
     recipe: str = "windows"
     split: str = "train"
     max_length: int | None = None
+    inputs: RowInputs | None = None
 
     def __post_init__(self) -> None:
         if self.recipe not in CALIBRATION_RECIPES:
@@ -80,105 +83,6 @@ class WindowSpec:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(f"{name}={value!r} must be a whole number of at least {least}.")
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some windows, ready for the model.
-
-    Attributes:
-        input_ids: Long tensor `[B, S]`.
-        attention_mask: Bool tensor `[B, S]`, `True` on real tokens; `None` when there is no padding.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch on `device`; this one stays where it is."""
-        mask = self.attention_mask
-        return Batch(self.input_ids.to(device), None if mask is None else mask.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class CalibrationWindows:
-    """Token windows on the CPU, with where they come from. Made by `from_tokens` or `build_windows`.
-
-    Attributes:
-        input_ids: Long tensor `[n, S]`; 0 where masked.
-        attention_mask: Bool tensor `[n, S]`, `True` on real tokens; `None` when there is no padding.
-        source: Name or path of the data set, for people.
-        fingerprint: SHA-256 (hex) of shape, tokens and mask: equal for equal tokens, whatever their source.
-        recipe: `"windows"`, `"sleb"`, or `"tokenised"` for rows that came as tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    source: str
-    fingerprint: str
-    recipe: str
-
-    @classmethod
-    def from_tokens(
-        cls, input_ids: Tensor, attention_mask: Tensor | None = None, *, source: str, recipe: str = "tokenised"
-    ) -> CalibrationWindows:
-        """Wraps tokens `[n, S]` and their mask, and computes the fingerprint.
-
-        What lies under the mask is set to 0, and a mask without padding is dropped: neither changes the model's
-        result, so neither may change the fingerprint.
-        """
-        ids = input_ids.detach().to("cpu", torch.long).contiguous()
-        mask = None if attention_mask is None else attention_mask.detach().to("cpu", torch.bool).contiguous()
-        if mask is not None and bool(mask.all()):
-            mask = None
-        if mask is not None:
-            ids = ids.masked_fill(~mask, 0)
-        return cls(ids, mask, source=source, fingerprint=_fingerprint(ids, mask), recipe=recipe)
-
-    @property
-    def num_windows(self) -> int:
-        """Number of windows, `n`."""
-        return self.input_ids.shape[0]
-
-    @property
-    def seqlen(self) -> int:
-        """Tokens per window, `S`, padding included."""
-        return self.input_ids.shape[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are not padding, in all windows together."""
-        return Batch(self.input_ids, self.attention_mask).num_tokens
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields all windows in order, `batch_size` at a time; the last batch may be smaller."""
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size!r} must be at least 1.")
-        for start in range(0, self.num_windows, batch_size):
-            rows = slice(start, start + batch_size)
-            mask = None if self.attention_mask is None else self.attention_mask[rows]
-            yield Batch(self.input_ids[rows], None if mask is None or bool(mask.all()) else mask)
-
-    def first(self, count: int) -> CalibrationWindows:
-        """Returns the first `count` windows: neighbours in the text, where a seeded choice is scattered over it."""
-        mask = None if self.attention_mask is None else self.attention_mask[:count]
-        return CalibrationWindows.from_tokens(self.input_ids[:count], mask, source=self.source, recipe=self.recipe)
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what plans, reports and cards say about the data, as JSON values."""
-        return {
-            "source": self.source,
-            "fingerprint": self.fingerprint,
-            "windows": self.num_windows,
-            "seqlen": self.seqlen,
-            "tokens": self.num_tokens,
-            "recipe": self.recipe,
-        }
 
 
 def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec: WindowSpec) -> CalibrationWindows:
@@ -203,6 +107,10 @@ def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec:
     first = next(iterate(rows, source), None)
     if first is None:
         raise CalibrationError(f"{source} is empty: there is no text to calibrate on. Give another dataset=... .")
+    if spec.inputs is not None and isinstance(first, Mapping) and is_model_row(first, spec.inputs):
+        rows = rows if hasattr(rows, "__len__") else list(islice(iterate(rows, source), spec.num_samples))
+        chosen = [rows[index] for index in _choose(len(rows), spec.num_samples, spec.seed)]
+        return windows_from_rows(chosen, spec.inputs, source=source, seqlen=seqlen)
     if isinstance(first, Mapping) and "input_ids" in first and spec.text_field is None:
         ids, mask = _pad(_tokenised_rows(rows, source, spec, seqlen))
         return CalibrationWindows.from_tokens(ids, mask, source=source)
@@ -210,14 +118,6 @@ def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec:
         raise CalibrationError(f"{source} holds text, which needs a tokenizer: give tokenizer=... .")
     ids = _text_windows(rows, source, tokenizer, spec=spec, seqlen=seqlen)
     return CalibrationWindows.from_tokens(ids, source=source, recipe=spec.recipe)
-
-
-def _fingerprint(ids: Tensor, mask: Tensor | None) -> str:
-    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
-    digest.update(ids.numpy().astype("<i8", copy=False).tobytes())
-    if mask is not None:
-        digest.update(mask.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _clipped_seqlen(spec: WindowSpec) -> int:

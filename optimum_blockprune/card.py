@@ -21,10 +21,10 @@ _BODY = """
 [`optimum-blockprune`](https://pypi.org/project/optimum-blockprune/); nothing was retrained.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, {companion}
 
-model = AutoModelForCausalLM.from_pretrained("path/or/repo")
-tokenizer = AutoTokenizer.from_pretrained("path/or/repo")
+model = {loader}.from_pretrained("path/or/repo")
+{variable} = {companion}.from_pretrained("path/or/repo")
 ```
 
 ## What was removed
@@ -39,6 +39,10 @@ Strategy `{strategy}`; removed blocks, in order: {order}.
 
 {quality}
 
+## Other runtimes
+
+{runtimes}
+
 ## Reproduce
 
 `pruning_plan.json` in this folder holds the blocks, the scores and the calibration set's fingerprint:
@@ -47,6 +51,10 @@ Strategy `{strategy}`; removed blocks, in order: {order}.
 optimum-cli blockprune apply -m BASE_MODEL --plan pruning_plan.json OUTPUT
 ```
 """
+
+
+# Tasks that need no more than a tokenizer.
+_TEXT_TASKS = (None, "text-generation", "text2text-generation", "fill-mask", "feature-extraction")
 
 
 def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> ModelCard:
@@ -60,9 +68,10 @@ def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> Model
     data = ModelCardData(
         base_model=_repo_id(plan.base_model),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=report.task or "text-generation",
         tags=["pruned", "block-pruning", "depth-pruning", "optimum", plan.strategy],
     )
+    prepares = "Tokenizer" if report.task in _TEXT_TASKS else "Processor"
     body = _BODY.format(
         title=title,
         base=f"`{plan.base_model}` " if plan.base_model else "A model ",
@@ -72,6 +81,10 @@ def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> Model
         order=", ".join(map(str, plan.removed_blocks)) or "none",
         sizes=_sizes(report.achieved),
         quality=_quality(report.evaluations),
+        runtimes=_runtimes(report.runtimes),
+        loader=report.loader or "AutoModelForCausalLM",
+        companion=f"Auto{prepares}",
+        variable=prepares.lower(),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
 
@@ -94,6 +107,17 @@ def _sizes(achieved: dict[str, Any]) -> str:
         if f"{name}_before" in achieved
     ]
     return "\n".join(rows)
+
+
+def _runtimes(runtimes: dict[str, Any]) -> str:
+    if not runtimes:
+        return "Not looked at."
+    says = {
+        "same": "reads this checkpoint as transformers does",
+        "differs": "reads it differently",
+        "unknown": "unknown",
+    }
+    return "\n".join(f"- {name}: {says[entry['verdict']]} ({entry['reason']})" for name, entry in runtimes.items())
 
 
 def _quality(evaluations: list[dict[str, Any]]) -> str:

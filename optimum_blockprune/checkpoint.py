@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .architectures import layout_for
-from .blocks import find_blocks
+from .blocks import BlockStack, find_blocks
 from .errors import (
     BlockPruningError,
     CheckpointError,
@@ -36,12 +36,14 @@ from .errors import (
 from .evaluation import size_of
 from .gate import Expectation, check_mode, expect, prove_folder, require_proof
 from .loading import load_config, load_model
+from .names import renumber_key
 from .plan import PLAN_FILE, PruningPlan
 from .records import record, write_records
 from .report import REPORT_FILE, PruningReport
 from .saving import atomic_folder, check_output
 from .skeleton import load_skeleton, model_dtype
-from .surgery import apply_plan, renumber_key
+from .surgery import apply_plan
+from .template import Template, make_template
 from .tensors import INDEX_FILE, WEIGHTS_FILE, StoredWeights, difference, read_weights, shard_names, write_weights
 
 
@@ -127,14 +129,14 @@ def apply_to_checkpoint(
         check_output(dst, overwrite=overwrite, needed_bytes=kept.num_bytes)
         expected = _expectation(source, plan, remote_code) if verify == "logits" else None
     extra = {source.new_name(name, plan) for name in source.unknown} - {None}
-    before = size_of(source.model)
+    before = size_of(source.model, plan.stack)
     # From here on source.model is the pruned model, as it should come back from the folder.
     apply_plan(source.model, plan)
     with atomic_folder(dst, overwrite=overwrite) as temporary:
         with report.timed("save"):
             _write(source, kept, temporary)
         with report.timed("verification"):
-            prove_folder(temporary, source.model, expected, verify, extra=extra)
+            prove_folder(temporary, source.model, expected, verify, stack=plan.stack, extra=extra)
             if verify == "logits":
                 _prove_bytes(temporary, kept)
         report.verification = {"mode": verify, "passed": verify != "off"}
@@ -206,10 +208,13 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
         raise
     except Exception as error:  # configuration classes check their fields in many ways
         raise CheckpointError(f"The config.json of '{folder}' is malformed: {error}") from error
-    layout_for(config).check(plan)
+    layout = layout_for(config, plan.stack)
+    layout.check(plan)
     require_proof(config, verify)
-    model, unknown = _on_meta(folder, config, remote_code)
-    lists = _block_prefix(weights.tensors, model), find_blocks(model).path
+    model, unknown = _on_meta(folder, config, layout.kind.auto_class, remote_code)
+    stack = find_blocks(model, plan.stack)
+    _refuse_slices(make_template(stack, plan), layout.subject)
+    lists = _block_prefix(weights.tensors, stack), stack.path
     if unknown:
         logger.warning(
             f"{len(unknown)} tensors are not used by {type(model).__name__}, such as '{unknown[0]}'; they are kept."
@@ -217,14 +222,25 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
     return _Source(folder, weights, model, lists, unknown)
 
 
-def _on_meta(folder: Path, config: Any, remote_code: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _refuse_slices(template: Template, subject: str) -> None:
+    """Files are copied tensor by tensor, not cut."""
+    for name, _ in template.sliced():
+        raise UnsupportedModelError(
+            f"{subject} keeps a slice for every block in '{name}', which is not cut while copying files: prune it in "
+            "memory, with BlockPruner.prune(plan=...) or `optimum-cli blockprune run --blocks ...`."
+        )
+
+
+def _on_meta(folder: Path, config: Any, auto_class: Any, remote_code: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Builds the dense model without its weights; also returns the stored tensors that it does not use."""
     try:
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code))
+        kind = auto_class
+        if kind is AutoModelForCausalLM:
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code))
         model, info = load_skeleton(kind, folder, config, dtype=model_dtype(config))
     except Exception as error:  # transformers, safetensors and huggingface_hub have no common base class
-        raise CheckpointError(f"'{folder}' does not load as a causal language model: {error}") from error
+        raise CheckpointError(f"'{folder}' does not load as {auto_class.__name__}: {error}") from error
     missing = sorted(map(str, info.get("missing_keys") or ()))
     if missing:
         raise CheckpointError(
@@ -234,7 +250,7 @@ def _on_meta(folder: Path, config: Any, remote_code: bool) -> tuple[PreTrainedMo
     return model, tuple(sorted(map(str, info.get("unexpected_keys") or ())))
 
 
-def _block_prefix(names: Iterable[str], model: PreTrainedModel) -> str:
+def _block_prefix(names: Iterable[str], stack: BlockStack) -> str:
     """Returns the name of the block list in the files.
 
     Files of a bare base model lack its prefix (`h.0` for `transformer.h.0`), and transformers accepts both.
@@ -242,12 +258,11 @@ def _block_prefix(names: Iterable[str], model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModelError: The files number other blocks than those of the model.
     """
-    stack = find_blocks(model)
-    kind = f"Model type '{model.config.model_type}'"
+    model, kind = stack.model, stack.layout.subject
     blocks = set(range(len(stack)))
     candidates = dict.fromkeys((stack.path, stack.path.removeprefix(f"{model.base_model_prefix}.")))
     found = {prefix: _numbered(names, prefix) for prefix in candidates}
-    found = {prefix: numbered for prefix, numbered in found.items() if numbered}
+    found = {prefix: numbered for prefix, numbered in found.items() if numbered} or _other_prefixes(names, stack)
     if len(found) != 1:
         which = f"under {' and '.join(found)} at once" if found else f"nowhere under {' or '.join(candidates)}"
         raise UnsupportedModelError(f"{kind}: the files hold the blocks {which}, so they cannot be renumbered.")
@@ -263,6 +278,14 @@ def _block_prefix(names: Iterable[str], model: PreTrainedModel) -> str:
     if absent:
         raise UnsupportedModelError(f"{kind} has {len(stack)} blocks, but the files hold no tensors of {absent}.")
     return prefix
+
+
+def _other_prefixes(names: Iterable[str], stack: BlockStack) -> dict[str, dict[int, str]]:
+    """Names under which older versions saved the blocks: as many, with the same tensors in each."""
+    parts = {name for name, _ in stack.blocks[0].named_parameters()}
+    starts = {name.removesuffix(f".0.{part}") for name in names for part in parts if name.endswith(f".0.{part}")}
+    found = {start: _numbered(names, start) for start in starts}
+    return {start: numbered for start, numbered in found.items() if set(numbered) == set(range(len(stack)))}
 
 
 def _numbered(names: Iterable[str], prefix: str) -> dict[int, str]:
@@ -287,7 +310,7 @@ def _write(source: _Source, kept: StoredWeights, folder: Path) -> None:
         target = folder / file.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    parameters = size_of(source.model)["parameters"]
+    parameters = sum(parameter.numel() for parameter in source.model.parameters())
     with tqdm(total=len(kept.tensors), desc="Writing", unit=" tensors", leave=False) as bar:
         write_weights(kept, folder, num_parameters=parameters, advance=bar.update)
 
@@ -301,7 +324,7 @@ def _companions(folder: Path) -> list[Path]:
 
 def _write_generation_config(source: _Source, folder: Path) -> None:
     """Copies the file as it is, unless it holds the number of a block; transformers refuses to save some old ones."""
-    generation, old = source.model.generation_config, source.folder / _GENERATION_FILE
+    generation, old = getattr(source.model, "generation_config", None), source.folder / _GENERATION_FILE
     if not old.is_file():
         if generation is not None:
             generation.save_pretrained(folder)

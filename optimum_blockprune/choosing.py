@@ -3,24 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from optimum.utils import logging
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures import layout_for
+from .architectures import Layout
+from .batches import CalibrationWindows
 from .blocks import BlockStack, find_blocks
-from .calibration import CalibrationWindows, WindowSpec, build_windows
+from .calibration import WindowSpec, build_windows
 from .environment import versions
-from .errors import CalibrationError, PlanError
+from .errors import CalibrationError, PlanError, UnsupportedModelError
+from .inputs import positions_of, vocabulary_of
 from .plan import PruningPlan
 from .recipe import Recipe
 from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
 from .strategies.base import PruningStrategy, SearchContext
+from .surgery import check_plan
+from .tasks import fitted, row_inputs
+from .template import make_template
 from .text import HUB_DATASETS
 
 
@@ -50,14 +55,14 @@ def choose(
     """
     strategy = get_strategy(recipe.strategy)()
     options = build_options(type(strategy), recipe.strategy_options or {})
-    stack = find_blocks(model)
-    layout = layout_for(model.config)
+    stack = find_blocks(model, recipe.stack)
+    layout = stack.layout
     removable = _removable(recipe, strategy, stack)
     num_remove = num_to_remove(model, recipe)
-    windows = _calibrate(model, recipe, tokenizer, report) if strategy.needs_data else None
-    if windows is None and recipe.dataset is not None:
-        logger.warning(f"Strategy '{recipe.strategy}' measures nothing; dataset={recipe.dataset!r:.80} has no effect.")
-    runner = BlockRunner(model)
+    # Whatever the choice will be, as many blocks must be able to go.
+    check_plan(model, _any_choice(layout, removable, num_remove))
+    windows = _calibrate(stack, recipe, tokenizer, report)
+    runner = BlockRunner(model, recipe.stack)
     context = SearchContext(
         runner=runner,
         windows=windows,
@@ -69,6 +74,7 @@ def choose(
         progress=lambda total, description: tqdm(total=total, desc=description, leave=False),
         provenance={
             "model_type": layout.model_type,
+            "stack": layout.stack,
             "base_model": base_model or layout.base_model,
             "strategy": recipe.strategy,
             "requested": recipe.requested,
@@ -79,12 +85,17 @@ def choose(
     with report.timed("search"):
         plan = strategy.select(context)
     _check_choice(plan, context, recipe.strategy)
-    layout.check(plan)
+    check_plan(model, plan)
     report.block_forwards = runner.counters.block_forwards
     report.head_forwards = runner.counters.head_forwards
     report.naive_block_forwards = plan.details.get("naive_block_forwards")
     report.tokens = windows.num_tokens if windows is not None else None
     return plan
+
+
+def _any_choice(layout: Layout, removable: tuple[int, ...], count: int) -> PruningPlan:
+    chosen = removable[len(removable) - count :]
+    return PruningPlan.from_removed(layout.model_type, layout.num_blocks, chosen, stack=layout.stack)
 
 
 def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
@@ -93,7 +104,7 @@ def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
     Raises:
         ConfigurationError: The budget cannot be met, given the protections.
     """
-    stack = find_blocks(model)
+    stack = find_blocks(model, recipe.stack)
     removable = _removable(recipe, get_strategy(recipe.strategy)(), stack)
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks]
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -123,14 +134,13 @@ def held_out_split(dataset: Any) -> str:
 
 
 def windows_for(
-    model: PreTrainedModel, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec: WindowSpec
+    stack: BlockStack, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec: WindowSpec
 ) -> CalibrationWindows:
-    """Cuts windows that `model` can read: no longer than its positions, no token outside its vocabulary."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and limit >= 2:
-        spec = WindowSpec(**{**vars(spec), "max_length": limit})
+    """Cuts windows that the model can read: no longer than its positions, no token outside its vocabulary."""
+    inputs = row_inputs(stack.model, stack.layout)
+    spec = WindowSpec(**{**vars(spec), "inputs": inputs, "max_length": positions_of(stack.layout)})
     windows = build_windows(dataset, tokenizer, spec)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_of(stack.layout)
     largest = int(windows.input_ids.max())
     if largest >= vocabulary:
         raise CalibrationError(
@@ -141,26 +151,53 @@ def windows_for(
 
 
 def _calibrate(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport
-) -> CalibrationWindows:
+    stack: BlockStack, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport
+) -> CalibrationWindows | None:
+    """The windows as the strategy measures on them; `None` for one that measures nothing."""
+    strategy = get_strategy(recipe.strategy)
+    if not strategy.needs_data:
+        if recipe.dataset is not None:
+            logger.warning(
+                f"Strategy '{recipe.strategy}' measures nothing; dataset={recipe.dataset!r:.80} has no effect."
+            )
+        return None
     if recipe.dataset is None:
         raise CalibrationError(
             f"Strategy '{recipe.strategy}' measures the model on text: give dataset=... (--dataset PATH): wikitext2, "
             "c4, alpaca, a .txt, .jsonl or .parquet file, or your own texts."
         )
     with report.timed("calibration"):
-        return windows_for(model, recipe.dataset, tokenizer, window_spec(recipe))
+        windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe))
+        return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss, seed=recipe.seed)
 
 
 def _removable(recipe: Recipe, strategy: PruningStrategy, stack: BlockStack) -> tuple[int, ...]:
     """Blocks that are not protected; refuses architectures that cannot lose each of them, before the search."""
     first = strategy.protect_first if recipe.protect_first is None else recipe.protect_first
     last = strategy.protect_last if recipe.protect_last is None else recipe.protect_last
-    removable = tuple(range(first, len(stack) - last))
-    layout = layout_for(stack.model.config)
-    for block in removable if len(stack) > 1 else ():
-        layout.check(PruningPlan.from_removed(layout.model_type, layout.num_blocks, [block]))
+    layout = stack.layout
+    candidates = range(first, len(stack) - last)
+    staying = layout.protected(candidates)
+    if not layout.proven:
+        staying |= _fixed_by_position(stack, [block for block in candidates if block not in staying])
+    removable = tuple(block for block in candidates if block not in staying)
+    for block, reason in sorted(staying.items()):
+        logger.info(f"Block {block} stays: {reason}.")
     return removable
+
+
+def _fixed_by_position(stack: BlockStack, candidates: Sequence[int]) -> dict[int, str]:
+    """Tries each block of a type that the table does not know: some cannot go because of what the others then are."""
+    layout, found = stack.layout, {}
+    for block in candidates if len(stack) > 1 else ():
+        plan = PruningPlan.from_removed(layout.model_type, layout.num_blocks, [block], stack=layout.stack)
+        try:
+            make_template(stack, plan)
+        except UnsupportedModelError as error:
+            found[block] = str(error).rstrip(".")
+    if found and len(found) == len(candidates):
+        raise UnsupportedModelError(next(iter(found.values())) + ".")
+    return found
 
 
 def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> None:

@@ -169,6 +169,23 @@ class EvaluateCommand(ShellCommand):
         _add_json(optional)
 
 
+class CheckCommand(ShellCommand):
+    """Says what can be removed from a model and which runtimes read the result alike, from the configuration alone."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declares the flags."""
+        required, optional = _groups(parser)
+        _add_model(required)
+        _add_field(optional, _RECIPE["stack"])
+        optional.add_argument(
+            "--blocks", type=_block_list, metavar="I,J,...", help="Ask about removing exactly these blocks."
+        )
+        for name in ("revision", "subfolder", "token", "trust_remote_code"):
+            optional.add_argument(_flag(name), default=argparse.SUPPRESS, **_MODEL_FLAGS[name])
+        _add_json(optional)
+
+
 class StrategiesCommand(ShellCommand):
     """Lists the installed strategies, one line each."""
 
@@ -192,6 +209,7 @@ class BlockPruneCommand(BaseOptimumCLICommand):
         _info("plan", PlanCommand),
         _info("apply", ApplyCommand),
         _info("evaluate", EvaluateCommand),
+        _info("check", CheckCommand),
         _info("strategies", StrategiesCommand),
     )
 

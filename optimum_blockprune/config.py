@@ -58,6 +58,7 @@ class BlockPruningConfig(BaseConfig):
         *,
         num_blocks: int | None = Recipe.num_blocks,
         target_params: int | None = Recipe.target_params,
+        stack: str | None = Recipe.stack,
         dataset: Any = Recipe.dataset,
         dataset_text_field: str | None = Recipe.dataset_text_field,
         num_samples: int = Recipe.num_samples,
@@ -137,10 +138,12 @@ class BlockPruningConfig(BaseConfig):
         """
         if not plan.removed_blocks:
             raise ConfigurationError("A plan that removes nothing has no configuration: every budget removes a block.")
+        stack = None if plan.stack == "decoder" else plan.stack
         if plan.strategy == "manual":
             blocks = ",".join(map(str, plan.removed_blocks))
-            return cls("manual", num_blocks=len(plan.removed_blocks), strategy_options={"blocks": blocks})
-        return cls(plan.strategy, **plan.requested, strategy_options=dict(plan.options) or None, seed=plan.seed)
+            return cls("manual", num_blocks=len(plan.removed_blocks), stack=stack, strategy_options={"blocks": blocks})
+        options = dict(plan.options) or None
+        return cls(plan.strategy, **plan.requested, stack=stack, strategy_options=options, seed=plan.seed)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

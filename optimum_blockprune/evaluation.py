@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .calibration import Batch, CalibrationWindows
+from .architectures import layout_for
+from .batches import Batch, CalibrationWindows
 from .errors import ConfigurationError, NonFiniteError
-from .runner import BlockRunner, evaluating, perplexity_of
+from .inputs import Caller, positions_of, vocabulary_of
+from .losses import perplexity_of
+from .runner import BlockRunner, evaluating
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,10 @@ def evaluate_model(
     stride = spec.stride or windows.seqlen
     if stride > windows.seqlen:
         raise ConfigurationError(f"stride={stride} is longer than a window (seqlen={windows.seqlen}).")
-    if baseline is not None and baseline.config.vocab_size != model.config.vocab_size:
-        raise ConfigurationError(
-            f"KL needs one vocabulary: the baseline has {baseline.config.vocab_size} tokens, the model "
-            f"{model.config.vocab_size}."
-        )
+    if baseline is not None:
+        theirs, ours = (vocabulary_of(layout_for(each)) for each in (baseline, model))
+        if theirs != ours:
+            raise ConfigurationError(f"KL needs one vocabulary: the baseline has {theirs} tokens, the model {ours}.")
     nll, kl, tokens = _score(model, baseline, _strided(windows, stride), spec.batch_size)
     result = {
         "source": windows.source,
@@ -94,11 +96,11 @@ def evaluate_model(
     return result
 
 
-def size_of(model: PreTrainedModel) -> dict[str, int]:
-    """`blocks`, `parameters` (shared ones once) and `size_bytes` of the weights in their dtype."""
+def size_of(model: PreTrainedModel, stack: str | None = None) -> dict[str, int]:
+    """`blocks` (of a stack), `parameters` (shared ones once) and `size_bytes` of the weights in their dtype."""
     parameters = list(model.parameters())
     return {
-        "blocks": model.config.num_hidden_layers,
+        "blocks": layout_for(model, stack).num_blocks,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "size_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     }
@@ -108,31 +110,40 @@ def speed_of(model: PreTrainedModel, windows: CalibrationWindows, *, decode_toke
     """Times one window's prefill and a greedy generation with the KV cache (batch 1, after a warm-up each).
 
     Returns:
-        `prefill_tokens_per_second`, `decode_tokens_per_second`.
+        `prefill_tokens_per_second`; `decode_tokens_per_second` of a model that generates.
     """
-    prompt = windows.input_ids[:1, : min(windows.seqlen, 512)].to(model.device)
-    start = windows.input_ids[:1, :8].to(model.device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int):
-        decode_tokens = max(1, min(decode_tokens, limit - start.shape[1]))
+    layout = layout_for(model)
+    first = next(windows.batches(1))
+    prompt = first if _is_special(first) else Batch(first.input_ids[:, :512])
+    start = first.to(model.device)
+    inputs = dict(start.extra) if len(layout.kind.stacks) > 1 else {"input_ids": start.input_ids[:, :8]}
+    limit = positions_of(layout)
+    if limit is not None:
+        decode_tokens = max(1, min(decode_tokens, limit - 8))
 
     def prefill() -> None:
-        model(input_ids=prompt, use_cache=False)
+        Caller(model, layout)(prompt, model.device)
 
     def decode(tokens: int = decode_tokens) -> None:
         # One beam: what is not said here, `generate` takes from the model's own settings.
         config = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
         )
-        model.generate(start, attention_mask=torch.ones_like(start), generation_config=config)
+        masks = {} if len(layout.kind.stacks) > 1 else {"attention_mask": torch.ones_like(inputs["input_ids"])}
+        GenerationMixin.generate(model, **inputs, **masks, generation_config=config)
 
     with torch.no_grad(), evaluating(model):
         prefill()
-        decode(min(4, decode_tokens))
-        return {
-            "prefill_tokens_per_second": prompt.shape[1] / _seconds(prefill, model.device),
-            "decode_tokens_per_second": decode_tokens / _seconds(decode, model.device),
-        }
+        speeds = {"prefill_tokens_per_second": prompt.input_ids.shape[1] / _seconds(prefill, model.device)}
+        if model.can_generate():
+            decode(min(4, decode_tokens))
+            speeds["decode_tokens_per_second"] = decode_tokens / _seconds(decode, model.device)
+        return speeds
+
+
+def _is_special(batch: Batch) -> bool:
+    """Whether a batch is more than running text."""
+    return bool(batch.extra) or batch.labels is not None
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:
@@ -152,7 +163,7 @@ def _strided(windows: CalibrationWindows, stride: int) -> Iterator[tuple[Batch, 
         for batch in windows.batches(1):
             yield batch, windows.seqlen - 1
         return
-    if windows.attention_mask is not None:
+    if windows.attention_mask is not None or windows.extra or windows.labels is not None:
         raise ConfigurationError("A stride needs running text; tokenised rows with padding have none.")
     text = windows.input_ids.flatten()
     scored_to = 0
@@ -176,10 +187,10 @@ def _score(
     count = 0
     runner, truth_runner = BlockRunner(model), None if baseline is None else BlockRunner(baseline)
     for batch, last in tqdm(_grouped(parts, batch_size), desc="Evaluating", unit=" batches", leave=False):
-        scored = _scored(batch, last)
+        scored, targets = _targets(batch, last)
         count += int(scored.sum())
         chosen = _predictions(runner, batch, scored)
-        targets = batch.input_ids[:, 1:][scored].to(chosen.device)
+        targets = targets.to(chosen.device)
         nll = nll + F.cross_entropy(chosen, targets, reduction="none").double().sum().cpu()
         if not torch.isfinite(nll):
             runner.diagnose(batch)
@@ -208,25 +219,30 @@ def _grouped(parts: Iterator[tuple[Batch, int]], batch_size: int) -> Iterator[tu
 
 def _joined(group: list[Batch]) -> Batch:
     ids = torch.cat([batch.input_ids for batch in group])
+    extra = {name: torch.cat([batch.extra[name] for batch in group]) for name in group[0].extra}
+    labels = None if group[0].labels is None else torch.cat([batch.labels for batch in group])
     if all(batch.attention_mask is None for batch in group):
-        return Batch(ids)
+        return Batch(ids, extra=extra, labels=labels)
     masks = [torch.ones_like(b.input_ids).bool() if b.attention_mask is None else b.attention_mask for b in group]
-    return Batch(ids, torch.cat(masks))
+    return Batch(ids, torch.cat(masks), extra, labels)
 
 
 def _predictions(runner: BlockRunner, batch: Batch, scored: Tensor) -> Tensor:
-    """Logits [n, vocabulary] in float32 of the `scored` predictions; all blocks run."""
-    logits = runner.logits(batch)[:, :-1]
+    """Logits [n, vocabulary] in float32 of the `scored` positions; all blocks run."""
+    logits = runner.logits(batch)
     return logits[scored.to(logits.device)].float()
 
 
-def _scored(batch: Batch, last: int) -> Tensor:
-    """Bool [B, S - 1] on the CPU: the last `last` predictions, without padding."""
+def _targets(batch: Batch, last: int) -> tuple[Tensor, Tensor]:
+    """Bool [B, S] on the CPU, the positions that count (the last `last`, no padding), and their targets."""
+    if batch.labels is not None:
+        scored = batch.labels != -100
+        return scored, batch.labels[scored]
     windows, length = batch.input_ids.shape
     scored = (torch.arange(length - 1) >= length - 1 - last).expand(windows, -1)
-    return (
-        scored if batch.attention_mask is None else scored & batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-    )
+    if batch.attention_mask is not None:
+        scored = scored & batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+    return F.pad(scored, (0, 1)), batch.input_ids[:, 1:][scored]
 
 
 def _kl(truth: Tensor, logits: Tensor) -> Tensor:

@@ -8,8 +8,9 @@
 2. configuration: every per-block field has the planned value after loading, nothing was recomputed;
 3. traits: every plain attribute of every reloaded block (window, scale, number, ...) equals the live block's;
 4. weights: every reloaded tensor, tables that are not saved included, equals the live one, bit for bit;
-5. logits: equal to the expectation;
-6. cache: logits of a cached generation equal those of one uncached pass over the same tokens.
+5. logits (of a model without a head: hidden states): equal to the expectation;
+6. cache: logits of a cached generation equal those of one uncached pass over the same tokens, where the dense model
+   generates with a cache.
 
 `verify="keys"` does 1 to 3 on the meta device, for models too large to hold twice. Only 5 can accept an architecture
 that is not in the table.
@@ -18,8 +19,7 @@ that is not in the table.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,25 @@ from typing import Any
 import torch
 from optimum.utils import logging
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import layout_for, table
+from .architectures import Layout, layout_for
+from .batches import Batch
 from .blocks import find_blocks
-from .calibration import Batch
+from .caching import cache_error, relative_error
 from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
+from .inputs import probe_batch
 from .plan import PruningPlan
-from .runner import BlockRunner, evaluating
+from .runner import BlockRunner
 from .skeleton import load_skeleton
 from .surgery import Journal, apply_plan, block_traits
+from .table import table
 
 
 logger = logging.get_logger("optimum.blockprune.gate")
 
 VERIFY_MODES = ("logits", "keys", "off")
 
-_PROBE_WINDOWS, _PROBE_LENGTH, _GENERATED = 2, 12, 6
 # Largest difference of logits, relative to the largest logit. Half precision differs between kernels (cached or not,
 # one device or another) by a few of its own rounding steps.
 _TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -51,11 +53,19 @@ _TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 2e-2, tor
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the dense model computes with the plan's blocks switched off: probe [2, 12] and its logits, on the CPU."""
+    """What the dense model computes with the plan's blocks switched off.
+
+    Attributes:
+        plan: The plan.
+        batch: The probe.
+        logits: Its logits, on the CPU.
+        caches: Whether the dense model generates with a cache what it computes without one.
+    """
 
     plan: PruningPlan
     batch: Batch
     logits: Tensor
+    caches: bool = True
 
 
 def check_mode(verify: str) -> None:
@@ -66,17 +76,32 @@ def check_mode(verify: str) -> None:
 
 def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     """Runs the dense model on a fixed random probe with the plan's blocks switched off; `model` is not changed."""
-    layout_for(model.config).check(plan)
-    generator = torch.Generator().manual_seed(0)
-    limit = getattr(model.config, "max_position_embeddings", None) or _PROBE_LENGTH + _GENERATED
-    shape = (_PROBE_WINDOWS, max(2, min(_PROBE_LENGTH, limit - _GENERATED)))
-    batch = Batch(torch.randint(0, model.config.vocab_size, shape, generator=generator), None)
-    runner = BlockRunner(model)
+    layout = layout_for(model, plan.stack)
+    layout.check(plan)
+    batch = probe_batch(model, layout)
+    runner = BlockRunner(model, plan.stack)
     logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
     if not torch.isfinite(logits).all():
         runner.diagnose(batch, off=plan.removed_blocks)
         raise NonFiniteError("NaN or infinity in the logits although every block's output is finite.")
-    return Expectation(plan, batch, logits)
+    return Expectation(plan, batch, logits, _generates(model, layout, batch))
+
+
+def _generates(model: PreTrainedModel, layout: Layout, batch: Batch) -> bool:
+    """Whether there is a cache to hold against: known for the table's families, tried on the dense model otherwise."""
+    if not model.can_generate():
+        return False
+    reason = layout.uncached()
+    if reason is not None:
+        logger.info(f"{layout.subject}: generation with a KV cache is not compared, since {reason}, pruned or not.")
+    if reason is not None or layout.proven:
+        return reason is None
+    try:
+        error = cache_error(model, batch, layout.stack)
+    except (IndexError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as failure:
+        logger.info(f"{layout.subject} does not generate with a KV cache before pruning either: {failure}")
+        return False
+    return error <= _tolerance(model)
 
 
 def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectation | None = None) -> Journal:
@@ -86,7 +111,7 @@ def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectatio
         The journal that takes the surgery back.
     """
     expected = expected or expect(model, plan)
-    layout = layout_for(model.config)
+    layout = layout_for(model, plan.stack)
     journal = apply_plan(model, plan)
     try:
         prove_live(model, expected)
@@ -95,7 +120,7 @@ def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectatio
         raise
     if not layout.proven:
         logger.warning(
-            f"Model type '{layout.model_type}' is not in the architecture table; it was accepted because the pruned "
+            f"{layout.subject} is not in the architecture table; it was accepted because the pruned "
             "model in memory equals the dense one with these blocks switched off. Saving proves the files as well."
         )
     return journal
@@ -110,12 +135,11 @@ def prove_live(model: PreTrainedModel, expected: Expectation, *, typical: bool =
         typical: Whether the median position counts instead of the worst one; see `_is_half`.
     """
     plan = expected.plan
-    _require(
-        len(find_blocks(model)) == len(plan.blocks),
-        f"the model has {len(find_blocks(model))} blocks, the plan keeps {len(plan.blocks)}",
-    )
+    blocks = len(find_blocks(model, plan.stack))
+    _require(blocks == len(plan.blocks), f"the model has {blocks} blocks, the plan keeps {len(plan.blocks)}")
     _prove_logits(model, expected, typical=typical)
-    _prove_cache(model, expected)
+    if expected.caches:
+        _prove_cache(model, expected)
 
 
 def prove_folder(
@@ -124,6 +148,7 @@ def prove_folder(
     expected: Expectation | None,
     verify: str = "logits",
     *,
+    stack: str | None = None,
     extra: Collection[str] = (),
 ) -> None:
     """Raises `VerificationError` unless the checkpoint in `folder`, loaded by stock classes, is the live `model`.
@@ -133,31 +158,32 @@ def prove_folder(
         model: The pruned model it was saved from, or its like on the meta device.
         expected: From `expect`, made before the surgery; only `verify="logits"` needs it.
         verify: `"logits"`, `"keys"` or `"off"`.
+        stack: The stack that lost blocks.
         extra: Tensors that may be in the folder although the class does not know them: the dense one had them, too.
 
     Raises:
         UnsupportedModelError: `verify` is weaker than `"logits"` and the architecture is not in the table.
     """
     check_mode(verify)
-    require_proof(model.config, verify)
+    require_proof(model, verify)
     if verify == "off":
         return
     device = torch.device("meta") if verify == "keys" else _reload_device(model)
     reloaded = reload(folder, model, device, extra=extra)
     _prove_fields(reloaded, model)
-    _prove_traits(reloaded, model)
+    _prove_traits(reloaded, model, stack)
     if verify == "logits":
         _prove_weights(reloaded, model)
         # Other memory, other kernels: its weights, buffers and attributes are the live model's bit for bit by now.
         prove_live(reloaded, expected, typical=_is_half(model))
 
 
-def require_proof(config: Any, verify: str) -> None:
+def require_proof(model_or_config: Any, verify: str) -> None:
     """Raises where a weaker check than logits cannot tell whether this architecture is right."""
-    layout = layout_for(config)
+    layout = layout_for(model_or_config)
     if verify != "logits" and not layout.proven:
         raise UnsupportedModelError(
-            f"Model type '{layout.model_type}' is not in the architecture table, so only comparing logits can prove "
+            f"{layout.subject} is not in the architecture table, so only comparing logits can prove "
             f"the result: use verify='logits' instead of {verify!r}."
         )
 
@@ -169,7 +195,7 @@ def reload(
     # Without it, transformers builds a model of the class's default size.
     _require((Path(folder) / "config.json").is_file(), "it has no config.json")
     # A model class from a repository's own code is passed to from_pretrained as it is: nothing is executed anew.
-    kind, settings = type(model), {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    kind, settings = type(model), {"dtype": model.dtype, "attn_implementation": _attention_of(model.config)}
     try:
         if torch.device(device).type == "meta":
             config = kind.config_class.from_pretrained(folder, local_files_only=True)
@@ -187,6 +213,13 @@ def reload(
             problems -= set(extra)
         _require(not problems, f"{fault.replace('_', ' ')} on loading: {sorted(problems)[:5]}")
     return reloaded.eval()
+
+
+def _attention_of(config: PretrainedConfig) -> str | dict[str, str]:
+    """The attention implementation, of each part where a model has several: not every tower has them all."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    each = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    return {"": config._attn_implementation, **each} if each else config._attn_implementation
 
 
 def _reload_device(model: PreTrainedModel) -> torch.device:
@@ -221,8 +254,8 @@ def _comparable(fields: Any) -> Any:
     return {name: _comparable(value) for name, value in fields.items() if name not in own}
 
 
-def _prove_traits(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
-    live, read = (dict(block_traits(find_blocks(each).blocks)) for each in (model, reloaded))
+def _prove_traits(reloaded: PreTrainedModel, model: PreTrainedModel, stack: str | None) -> None:
+    live, read = (dict(block_traits(find_blocks(each, stack).blocks)) for each in (model, reloaded))
     for name, value in live.items():
         _require(
             name in read and (read[name] == value or value != value),
@@ -231,8 +264,11 @@ def _prove_traits(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def _prove_weights(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
+    stored = model.state_dict()
     live, read = ({**each.state_dict(), **dict(each.named_buffers())} for each in (model, reloaded))
     for name, tensor in read.items():
+        if name not in stored and name in live and live[name].shape != tensor.shape:
+            continue  # a table that grows with the inputs
         # Offloaded weights lie on meta in the live model; the logits speak for those.
         if name in live and live[name].device.type != "meta":
             # In its dtype: a model that was cast as a whole has rounded tables, which loading computes anew.
@@ -241,70 +277,33 @@ def _prove_weights(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def _prove_logits(model: PreTrainedModel, expected: Expectation, *, typical: bool) -> None:
-    logits = BlockRunner(model).logits(expected.batch).float().cpu()
-    error = _relative_error(logits, expected.logits, typical=typical)
+    logits = BlockRunner(model, expected.plan.stack).logits(expected.batch).float().cpu()
+    error = relative_error(logits, expected.logits, typical=typical)
     _require(
-        error <= _TOLERANCE.get(model.dtype, 2e-4),
+        error <= _tolerance(model),
         f"logits differ from the dense model with blocks {list(expected.plan.removed_blocks)} switched off by "
         f"{error:.2g} of the largest logit",
     )
 
 
 def _prove_cache(model: PreTrainedModel, expected: Expectation) -> None:
-    """Compares logits, not tokens: random or tied logits may flip an argmax that rounding alone decides."""
-    ids = expected.batch.input_ids.to(BlockRunner(model).device)
-    settings = _greedy(model)
     try:
-        with torch.no_grad(), evaluating(model), _plain_generation(model):
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise VerificationError(f"The pruned model does not generate with a KV cache: {error}") from error
-    cached = torch.stack(out.logits, dim=1).float().cpu()
-    whole = BlockRunner(model).logits(Batch(out.sequences.cpu(), None)).float().cpu()
-    error = _relative_error(cached, whole[:, ids.shape[1] - 1 : -1], typical=_is_half(model))
+        error = cache_error(model, expected.batch, expected.plan.stack, typical=_is_half(model))
+    except (IndexError, RuntimeError, ValueError) as failure:
+        raise VerificationError(f"The pruned model does not generate with a KV cache: {failure}") from failure
     _require(
-        error <= _TOLERANCE.get(model.dtype, 2e-4),
+        error <= _tolerance(model),
         f"generation with a KV cache differs from generation without one by {error:.2g} of the largest logit",
     )
 
 
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Sets the model's own defaults aside (beams, assistants, several answers): `generate` would merge them in."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _greedy(model: PreTrainedModel) -> GenerationConfig:
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    pad = eos[0] if isinstance(eos, (list, tuple)) else eos
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=_GENERATED,
-        min_new_tokens=_GENERATED,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-        eos_token_id=eos,
-        pad_token_id=0 if pad is None else pad,
-    )
+def _tolerance(model: PreTrainedModel) -> float:
+    return _TOLERANCE.get(model.dtype, 2e-4)
 
 
 def _is_half(model: PreTrainedModel) -> bool:
     """Whether two kernels that compute the same may differ by so much that a token goes to another expert."""
     return model.dtype in (torch.float16, torch.bfloat16)
-
-
-def _relative_error(actual: Tensor, truth: Tensor, *, typical: bool) -> float:
-    """Largest difference of logits by the largest logit: of the worst position, or of the median one (`typical`)."""
-    if actual.shape != truth.shape:
-        return float("inf")
-    errors = (actual - truth).abs().amax(-1) / truth.abs().max().clamp_min(1e-30)
-    error = (errors.median() if typical else errors.max()).item()
-    return error if error == error else float("inf")
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from optimum.utils import logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import layout_for
 from .errors import BlockPruningError, ConfigurationError, UnsupportedModelError
@@ -39,23 +39,24 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Assert
 
 
 def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Loads a causal language model in evaluation mode.
+    """Loads a model in evaluation mode, with the class that its configuration names.
 
     Args:
         path: Repo id, folder, or a `.gguf` file (the same as its folder with `gguf_file=`).
-        **kwargs: For `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`, `device_map`,
+        **kwargs: For `from_pretrained` of that class: `revision`, `token`, `dtype`, `device_map`,
             `trust_remote_code` (False unless given), `gguf_file`, ...
 
     Raises:
-        UnsupportedModelError: By the configuration, before any weight is read: not a decoder-only language model,
-            quantised, or in need of `trust_remote_code=True`. By the weights: some are missing.
+        UnsupportedModelError: By the configuration, before any weight is read: no blocks that can go, quantised, or in
+            need of `trust_remote_code=True`. By the weights: some are missing.
         ConfigurationError: The path or repository does not exist or is not a model.
     """
     path, kwargs = split_gguf(path, kwargs)
     _check_dtype(kwargs.get("dtype"))
     config = load_config(path, **hub_arguments(kwargs))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        auto_class = layout_for(config).kind.auto_class
+        model, info = auto_class.from_pretrained(
             path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True
         )
     except _LOAD_ERRORS as error:
@@ -70,14 +71,24 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return dequantised(model).eval()
 
 
-def load_config(path: str | Path, **hub: Any) -> Any:
-    """Loads only the configuration and refuses what cannot be pruned; see `load_model`."""
+def read_config(path: str | Path, **hub: Any) -> Any:
+    """Loads only the configuration, whatever it is of.
+
+    Raises:
+        ConfigurationError: There is no such path or repository, or no configuration in it.
+        UnsupportedModelError: It needs `trust_remote_code=True`.
+    """
     if not Path(path).exists() and (Path(path).is_absolute() or str(path).startswith(".") or str(path).count("/") > 1):
         raise ConfigurationError(f"There is no file or folder '{path}'.")
     try:
-        config = AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub})
+        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub})
     except _LOAD_ERRORS as error:
         raise _explained(error, path) from error
+
+
+def load_config(path: str | Path, **hub: Any) -> Any:
+    """Loads only the configuration and refuses what cannot be pruned; see `load_model`."""
+    config = read_config(path, **hub)
     layout_for(config)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation and "gguf_file" not in hub:
@@ -95,6 +106,21 @@ def find_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase |
         return _tokenizer_at(path, kwargs)
     except ConfigurationError as error:
         logger.info(str(error))
+        return None
+
+
+def find_processor(path: str | Path, model: PreTrainedModel, **kwargs: Any) -> Any:
+    """Loads what prepares images or sound, so that it travels along; `None` for a model that reads text only.
+
+    Whatever cannot be loaded here (a processor of another library, a package that is missing) is said and left out.
+    """
+    if model.main_input_name == "input_ids" and layout_for(model).place == ():
+        return None
+    path, kwargs = split_gguf(path, kwargs)
+    try:
+        return AutoProcessor.from_pretrained(path, **{"trust_remote_code": False, **hub_arguments(kwargs)})
+    except (*_LOAD_ERRORS, AttributeError, TypeError) as error:
+        logger.warning(f"No processor can be loaded from '{path}', so none is saved: {str(error).strip()}")
         return None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .calibration import Batch
+from .batches import Batch
 from .errors import NonFiniteError
 
 
@@ -25,29 +25,21 @@ from .errors import NonFiniteError
 _COLUMNS = 64
 
 
-def real_tokens(batch: Batch) -> Tensor:
-    """Flat positions in [B * S] of the tokens that are not padding, ascending, on the CPU."""
-    return _mask(batch).flatten().nonzero().squeeze(1)
+def real_tokens(mask: Tensor) -> Tensor:
+    """Flat positions in [B * S] of the tokens that are not padding, ascending; `mask` is `BlockRunner.positions`."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
-def content_mask(batch: Batch) -> Tensor:
+def content_mask(mask: Tensor) -> Tensor:
     """[B, S] bool: real tokens without the first one of each window, whose activations are massive (our choice)."""
-    mask = _mask(batch)
     return mask & (mask.cumsum(1) > 1)
 
 
-def last_tokens(batch: Batch) -> Tensor:
-    """Flat positions in [B * S] of the last token of each window that is not padding, on the CPU."""
-    mask = _mask(batch)
+def last_tokens(mask: Tensor) -> Tensor:
+    """Flat positions in [B * S] of the last token of each window that is not padding."""
     length = mask.shape[1]
     column = torch.where(mask, torch.arange(length), -1).amax(1)
     return (torch.arange(len(mask)) * length + column)[column >= 0]
-
-
-def _mask(batch: Batch) -> Tensor:
-    if batch.attention_mask is None:
-        return torch.ones(batch.input_ids.shape, dtype=torch.bool)
-    return batch.attention_mask.cpu().bool()
 
 
 class PairMoments:

@@ -39,6 +39,7 @@ class PruningPlan:
         num_blocks: Number of blocks before pruning.
         blocks: One `BlockSource` per block of the result, in order.
         removed_blocks: Original indices of the removed blocks, in the order of removal.
+        stack: The stack that loses them, `"decoder"` or `"encoder"`.
         strategy: Name of the strategy that chose them; `"manual"` if the user did.
         base_model: Repo id or path of the dense model, if known.
         requested: The budget as it was asked for, e.g. `{"sparsity": 0.25}`.
@@ -59,6 +60,7 @@ class PruningPlan:
     num_blocks: int
     blocks: tuple[BlockSource, ...]
     removed_blocks: tuple[int, ...]
+    stack: str = "decoder"
     strategy: str = "manual"
     base_model: str | None = None
     requested: Mapping[str, Any] = field(default_factory=dict)
@@ -91,12 +93,13 @@ class PruningPlan:
         return cls(model_type=model_type, num_blocks=num_blocks, blocks=blocks, removed_blocks=order, **provenance)
 
     @classmethod
-    def from_blocks(cls, model_or_config: Any, removed: Iterable[int]) -> PruningPlan:
+    def from_blocks(cls, model_or_config: Any, removed: Iterable[int], *, stack: str | None = None) -> PruningPlan:
         """Builds a plan for blocks that the user names, without data and without a search.
 
         Args:
             model_or_config: A loaded model, or its configuration.
             removed: Original indices of the blocks to remove; the order is kept as the order of removal.
+            stack: `"decoder"` or `"encoder"` of an encoder-decoder; by default its decoder.
 
         Raises:
             PlanError: A block does not exist, is named twice, or nothing would be left.
@@ -104,8 +107,10 @@ class PruningPlan:
         """
         from .architectures import layout_for  # torch and transformers enter here only, not when a plan is read
 
-        layout = layout_for(getattr(model_or_config, "config", model_or_config))
-        plan = cls.from_removed(layout.model_type, layout.num_blocks, removed, base_model=layout.base_model)
+        layout = layout_for(model_or_config, stack)
+        plan = cls.from_removed(
+            layout.model_type, layout.num_blocks, removed, base_model=layout.base_model, stack=layout.stack
+        )
         layout.check(plan)
         return plan
 
@@ -208,6 +213,8 @@ def _validate(plan: PruningPlan) -> None:
         raise PlanError("Block numbers in a plan must be integers.")
     if not isinstance(plan.model_type, str) or not plan.model_type:
         raise PlanError("A plan needs the model type that it was made for.")
+    if plan.stack not in ("decoder", "encoder"):
+        raise PlanError(f"A plan is for the 'decoder' or the 'encoder' of a model, not for {plan.stack!r}.")
     if len(set(plan.removed_blocks)) != len(plan.removed_blocks):
         raise PlanError(f"A block is removed twice: {list(plan.removed_blocks)}.")
     split = [source for source in plan.blocks if source.attention != source.mlp]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum.utils import logging
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blocks import find_blocks
 from .choosing import choose, held_out_split, num_to_remove, window_spec, windows_for
@@ -19,21 +19,24 @@ from .config import BlockPruningConfig
 from .errors import CalibrationError, ConfigurationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
 from .gate import Expectation, apply_proven, check_mode, expect, prove_folder, require_proof
-from .loading import dequantised, find_tokenizer, load_model, load_tokenizer
+from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
 from .plan import PruningPlan
 from .records import record, write_records
 from .report import PruningReport
 from .saving import atomic_folder, check_output
+from .surgery import check_plan
+from .tasks import fitted
 
 
 logger = logging.get_logger("optimum.blockprune")
 
 
 class BlockPruner:
-    """Removes transformer blocks from a causal language model and proves that the result is right.
+    """Removes transformer blocks from a model and proves that the result is right.
 
     Args:
-        model: A loaded causal `PreTrainedModel`; it is pruned in place, where it lies.
+        model: A loaded `PreTrainedModel`: a causal language model, one with images or sound and a text decoder, an
+            encoder, or an encoder-decoder. It is pruned in place, where it lies.
         config: What to remove and how to choose it; may also be given to `make_plan` and `prune`.
         tokenizer: Needed to calibrate on text, and saved with the result.
 
@@ -53,9 +56,10 @@ class BlockPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.model = dequantised(model)
-        find_blocks(self.model)
         self.config = config or BlockPruningConfig()
+        find_blocks(self.model, self.config.stack)
         self.tokenizer = tokenizer
+        self.processor: ProcessorMixin | None = None
         self.plan: PruningPlan | None = None
         self.report = PruningReport()
         self._source: str | None = None
@@ -75,7 +79,7 @@ class BlockPruner:
             model_or_path: Repo id, folder, `.gguf` file, or a loaded model.
             config: See the class.
             tokenizer: A tokenizer, or where to load it from.
-            **kwargs: For `AutoModelForCausalLM.from_pretrained`: `revision`, `token`, `dtype`, `device_map`,
+            **kwargs: For `from_pretrained` of the model's class: `revision`, `token`, `dtype`, `device_map`,
                 `gguf_file`, `trust_remote_code` (False unless given), ...
 
         Raises:
@@ -91,6 +95,7 @@ class BlockPruner:
                     tokenizer = find_tokenizer(model_or_path, **kwargs)
             pruner = cls(model, config, _tokenizer(tokenizer, kwargs))
             pruner.report, pruner._source = report, str(model_or_path)
+            pruner.processor = find_processor(model_or_path, model, **kwargs)
             return pruner
         if kwargs:
             raise ConfigurationError(f"The model is loaded already; {', '.join(sorted(kwargs))} would be ignored.")
@@ -144,13 +149,15 @@ class BlockPruner:
         """
         self.config = config or self.config
         check_mode(verify)
+        if plan is not None:
+            check_plan(self.model, plan)
         if save_dir is not None:
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
         plan = plan or self.make_plan()
         before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
         with self.report.timed("surgery"):
             expected = expect(self.model, plan)
-            sizes = size_of(self.model)
+            sizes = size_of(self.model, plan.stack)
             journal = apply_proven(self.model, plan, expected)
         try:
             if plan is not self.plan:
@@ -183,7 +190,7 @@ class BlockPruner:
             UnsupportedModelError: `verify` is too weak for this architecture.
         """
         check_mode(verify)
-        require_proof(self.model.config, verify)
+        require_proof(self.model, verify)
         check_output(save_directory, overwrite=overwrite, needed_bytes=self._bytes_after(plan))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
@@ -216,7 +223,7 @@ class BlockPruner:
         if self._expected is None:
             raise PlanError("There is nothing to save yet: call prune() first.")
         check_mode(verify)
-        require_proof(self.model.config, verify)
+        require_proof(self.model, verify)
         with (
             self.report.timed("save"),
             _restored(self.model.config),
@@ -224,9 +231,11 @@ class BlockPruner:
         ):
             logger.info(f"Saving to '{save_directory}'")
             self.model.save_pretrained(folder, max_shard_size=max_shard_size)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            prove_folder(folder, self.model, self._expected, verify)
+            for companion in (self.processor, self.tokenizer):
+                if companion is not None:
+                    companion.save_pretrained(folder)
+            stack = self._expected.plan.stack
+            prove_folder(folder, self.model, self._expected, verify, stack=stack)
             self.report.verification = {"mode": verify, "passed": verify != "off"}
             write_records(
                 folder, self._expected.plan, self.report, title=Path(save_directory).name, config=self.config
@@ -267,9 +276,11 @@ class BlockPruner:
         # Windows that overlap need running text, not a choice of windows from all over it.
         chosen = num_samples if spec.stride is None else None
         wanted = window_spec(self.config.recipe, num_samples=chosen, recipe="windows", split=split)
-        text = windows_for(self.model, dataset, self.tokenizer, wanted)
+        stack = find_blocks(self.model, self.config.stack)
+        text = windows_for(stack, dataset, self.tokenizer, wanted)
         if chosen != num_samples:
             text = text.first(num_samples)
+        text = fitted(text, self.model, stack.layout, self.tokenizer, masked=True, seed=self.config.seed)
         if isinstance(baseline, (str, Path)):
             baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
         with self.report.timed("evaluation"):
@@ -282,7 +293,7 @@ class BlockPruner:
     def _bytes_after(self, plan: PruningPlan | None) -> int:
         """Size of the result on disk, as far as it is known before the blocks are chosen."""
         removed = num_to_remove(self.model, self.config.recipe) if plan is None else len(plan.removed_blocks)
-        blocks = find_blocks(self.model).blocks
+        blocks = find_blocks(self.model, self.config.stack if plan is None else plan.stack).blocks
         sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
         return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
 

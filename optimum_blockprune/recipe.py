@@ -48,6 +48,13 @@ class Recipe:
         default=None,
         metadata={"help": "Budget: number of parameters that the pruned model may have at most.", "minimum": 1},
     )
+    stack: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which blocks of an encoder-decoder to remove from: 'decoder' (the default) or 'encoder'.",
+            "choices": ("decoder", "encoder"),
+        },
+    )
     dataset: Any = field(
         default=None,
         metadata={
@@ -210,6 +217,8 @@ def _check_texts(recipe: Recipe) -> None:
         raise ConfigurationError(f"strategy must be the name of a strategy, not {recipe.strategy!r}.")
     if isinstance(recipe.dataset, str) and not recipe.dataset:
         raise ConfigurationError("dataset is an empty string; give a name or a path, or leave it out.")
+    if recipe.stack not in (None, "decoder", "encoder"):
+        raise ConfigurationError(f"stack must be 'decoder' or 'encoder', not {recipe.stack!r}.")
     column = recipe.dataset_text_field
     if column is not None and (not isinstance(column, str) or not column):
         raise ConfigurationError(f"dataset_text_field must be the name of a column, not {column!r}.")

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from .architectures import layout_for
 from .card import model_card
 from .config import BlockPruningConfig, save_config_of
 from .environment import peak_memory, versions
 from .evaluation import size_of
 from .plan import PruningPlan
 from .report import PruningReport
+from .runtimes import read_alike
 
 
 def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
@@ -24,7 +26,7 @@ def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], mod
         before: `evaluation.size_of` the dense model.
         model: The pruned model.
     """
-    after = size_of(model)
+    after = size_of(model, plan.stack)
     report.requested = dict(plan.requested)
     report.strategy = plan.strategy
     report.removed_blocks = list(plan.removed_blocks)
@@ -34,6 +36,10 @@ def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], mod
         report.achieved[f"{name}_before"] = before[name]
         report.achieved[f"{name}_after"] = after[name]
         report.achieved[f"{name}_removed"] = 1 - after[name] / before[name]
+    layout = layout_for(model, plan.stack)
+    report.loader, report.task = layout.kind.loader, layout.kind.task
+    alike = read_alike(layout.config.to_dict())
+    report.runtimes = {name: {"verdict": each.verdict, "reason": each.reason} for name, each in alike.items()}
     report.dtype = str(model.dtype).removeprefix("torch.")
     report.peak_memory_bytes = peak_memory(model)
     report.versions = versions()

@@ -34,6 +34,8 @@ class PruningReport:
         device, dtype: Where the model was and in which precision.
         strategy_details: Further figures of the strategy.
         verification: Which parts of the gate the saved folder passed.
+        loader, task: The class that loads the result, and what it does, in the Hub's words.
+        runtimes: For other runtimes (vLLM, llama.cpp): whether they read the result as transformers does, and why not.
         evaluations: Every evaluation with its settings and token counts, in order.
         versions: Package versions.
     """
@@ -53,6 +55,9 @@ class PruningReport:
     dtype: str | None = None
     strategy_details: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] | None = None
+    loader: str | None = None
+    task: str | None = None
+    runtimes: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -1,39 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a causal language model with blocks switched off or replayed, without knowing which model it is.
+"""Runs a model with blocks switched off or replayed, without knowing which model it is.
 
 The model's own `forward` is called every time, so masks, rotary tables, per-layer keyword arguments, caches and
 device hooks stay the model's business. Only entries of its block list are exchanged for stand-ins while it runs:
 
-* a `Bypass` hands the incoming hidden states on: a block that is off, or one that need not run;
+* a `Bypass` hands the incoming streams on: a block that is off, or one that need not run;
 * a `Replay` hands out a stored block output, whatever comes in: everything before it need not run.
 
 A run can also end after a block; the head then never runs. All exchanges are undone in `finally`.
 
-What is *not* covered: models whose blocks pass more between each other than their return value (`check_replay`
-refuses those), and encoder-decoders.
+Of an encoder-decoder, one stack is looked at; the other one runs as it is. What is *not* covered: models whose blocks
+pass more between each other than their return value (`check_replay` refuses those).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .batches import Batch
 from .blocks import BlockStack, find_blocks
-from .calibration import Batch
 from .errors import NonFiniteError, UnsupportedModelError
-from .stand_ins import Bypass, Replay, hidden_of, incoming_hidden, map_tensors
+from .inputs import Caller, probe_batch, vocabulary_of
+from .kinds import ENCODER
+from .losses import token_nll
+from .stand_ins import Bypass, Form, Replay, hidden_of, incoming_hidden, learn_form, map_tensors
 
 
 # Logits of one head call: 2**26 values are 256 MiB in float32. One window is the least that a call can score.
 _MAX_LOGITS = 2**26
+# Blocks of two kinds may return their streams differently; a second stream may begin after the first block.
+_LEARNED_BLOCKS = 3
 
 
 @dataclass
@@ -63,18 +65,19 @@ class BlockRunner:
     """Runs a model block by block; see the module docstring.
 
     Args:
-        model: A causal `PreTrainedModel`, wherever its weights lie (CPU, GPU, several devices, offloaded).
+        model: A `PreTrainedModel`, wherever its weights lie (CPU, GPU, several devices, offloaded).
+        stack: `"decoder"` or `"encoder"` of an encoder-decoder; by default its decoder.
 
     Raises:
         UnsupportedModelError: The block list cannot be found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.stack: BlockStack = find_blocks(model)
+    def __init__(self, model: nn.Module, stack: str | None = None) -> None:
+        self.stack: BlockStack = find_blocks(model, stack)
         self.model = model
         self.counters = Counters()
-        self._return_type: tuple[type, int] | None = None
-        self._takes_positions = "position_ids" in signature(model.forward).parameters
+        self._form: Form | None = None
+        self._call = Caller(model, self.stack.layout)
 
     @property
     def num_blocks(self) -> int:
@@ -84,7 +87,7 @@ class BlockRunner:
     @property
     def device(self) -> torch.device:
         """Where inputs go. Offloaded weights lie on `meta`; accelerate's hooks then move the inputs themselves."""
-        device = self.model.get_input_embeddings().weight.device
+        device = next(self.model.get_input_embeddings().parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
     # --- what strategies and the gate use -------------------------------------------------------------------------
@@ -101,13 +104,42 @@ class BlockRunner:
             visit: Called as `visit(position, hidden)` for position 0 (input of block 0) to T (output of the last
                 block) in order; `hidden` is [B, S, d] on the device of the block, valid during the call, read-only.
         """
-        self._learn_return_type()  # before the hooks: its probe is not part of the stream
+        self._learn_form()  # before the hooks: its probe is not part of the stream
         with self._hooks() as hook:
             enter = self.stack.blocks[0].register_forward_pre_hook
             hook(enter(lambda _, args, kwargs: visit(0, incoming_hidden(args, kwargs)), with_kwargs=True))
             for index, block in enumerate(self.stack.blocks):
                 hook(block.register_forward_hook(_visitor(index, visit)))
             self._run(batch, (), stop=self.num_blocks - 1)
+
+    def positions(self, batch: Batch) -> Tensor:
+        """Bool [B, S] on the CPU: the tokens of the stack that are not padding, in the shape of its hidden states.
+
+        Where an encoder looks at sound, they are frames.
+        """
+        if not batch.extra:
+            mask = batch.attention_mask
+            return torch.ones(batch.input_ids.shape, dtype=torch.bool) if mask is None else mask.cpu().bool()
+        shape = self._hidden_shape(batch)
+        reads = self.stack.layout.stack == ENCODER and len(self.stack.layout.kind.stacks) > 1
+        mask = batch.extra.get("attention_mask") if reads else batch.attention_mask
+        # Another shape: the mask is about samples of sound, the states about frames.
+        matches = mask is not None and tuple(mask.shape) == shape
+        return mask.cpu().bool() if matches else torch.ones(shape, dtype=torch.bool)
+
+    def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
+        """[B, S] of the stack's hidden states; runs what lies before the first block."""
+        self._learn_form()
+        seen: list[tuple[int, int]] = []
+
+        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(tuple(incoming_hidden(args, kwargs).shape[:2]))
+            raise _EndOfRun
+
+        with torch.no_grad(), self._hooks() as hook, suppress(_EndOfRun):
+            hook(self.stack.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+            self._forward(batch)
+        return seen[0]
 
     def run_to(
         self, batch: Batch, stop: int, off: Collection[int] = (), start: BlockOutput | None = None
@@ -116,10 +148,11 @@ class BlockRunner:
         return BlockOutput(stop, self._run(batch, off, start=start, stop=stop))
 
     def nll(self, batch: Batch, off: Collection[int] = (), start: BlockOutput | None = None) -> tuple[Tensor, int]:
-        """Returns the summed next-token negative log-likelihood (nats, float64 scalar) and the number of predictions.
+        """Returns the summed negative log-likelihood (nats, float64 scalar) and the number of predictions.
 
-        Positions whose own token or whose next token is padding are left out. Only the blocks after `start` that
-        are not `off` run; the head runs on as many windows at a time as keep its logits small.
+        Each token predicts the next one, or the labels at their own positions where the batch has any (masked
+        tokens). Positions whose own token or whose next token is padding are left out. Only the blocks after `start`
+        that are not `off` run; the head runs on as many windows at a time as keep its logits small.
         """
         last = max((block for block in range(self.num_blocks) if block not in off), default=None)
         if last is None:
@@ -127,8 +160,7 @@ class BlockRunner:
         reached = start if start is not None and start.block >= last else self.run_to(batch, last, off, start)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
-        for rows in self._head_rows(batch):
-            part = Batch(batch.input_ids[rows], None if batch.attention_mask is None else batch.attention_mask[rows])
+        for rows, part in self._head_rows(batch):
             state = BlockOutput(self.num_blocks - 1, _rows_of(reached.value, rows, len(batch.input_ids)))
             loss, predictions = token_nll(self._run(part, (), start=state), part)
             total += loss.to(total.device)
@@ -147,7 +179,7 @@ class BlockRunner:
             state = self.run_to(batch, block, start=state)
             if not torch.allclose(self._run(batch, (), start=state), plain, rtol=1e-4, atol=1e-4, equal_nan=True):
                 raise UnsupportedModelError(
-                    f"Model type '{self.model.config.model_type}': resuming after block {block} does not give the "
+                    f"{self.stack.layout.subject}: resuming after block {block} does not give the "
                     "model's own output, so its blocks share more than their hidden states. Use a one-pass strategy."
                 )
 
@@ -178,7 +210,7 @@ class BlockRunner:
         stop: int | None = None,
     ) -> Any:
         """One call of the model's forward; returns the logits, or the output of block `stop`."""
-        self._learn_return_type()
+        self._learn_form()
         first = 0 if start is None else start.block + 1
         end = self.num_blocks if stop is None else stop + 1
         live = [block for block in range(first, end) if block not in off]
@@ -202,43 +234,53 @@ class BlockRunner:
         return output
 
     def _forward(self, batch: Batch) -> Tensor:
-        inputs = batch.to(self.device)
-        # A mask of ones would only take kernels off their fast path.
-        masks = {} if inputs.attention_mask is None else {"attention_mask": inputs.attention_mask.long()}
-        if masks and not batch.attention_mask[:, 0].all() and self._takes_positions:
-            # Padding on the left: absolute positions count from the first real token, as in `generate`.
-            masks["position_ids"] = (masks["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with evaluating(self.model):
-            return self.model(input_ids=inputs.input_ids, use_cache=False, return_dict=True, **masks).logits
+            return self._call(batch, self.device)
 
-    def _learn_return_type(self) -> None:
-        """Finds out once whether blocks return a tensor or a tuple, so that bypassed ones return the same."""
-        if self._return_type is not None:
+    def _learn_form(self) -> None:
+        """Finds out once how blocks return and receive their streams, so that bypassed ones do the same."""
+        if self._form is not None:
             return
-        seen: list[Any] = []
-        probe = Batch(torch.zeros(1, 2, dtype=torch.long), None)
+        outputs: list[Any] = []
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def finish(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen.append(output)
-            raise _EndOfRun
+        def leave(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            arguments.append((args, kwargs))
+            outputs.append(output)
+            if len(outputs) == min(_LEARNED_BLOCKS, self.num_blocks):
+                raise _EndOfRun
 
         with torch.no_grad(), self._hooks() as hook:
-            hook(self.stack.blocks[0].register_forward_hook(finish))
-            with suppress(_EndOfRun):
-                self._forward(probe)
-        if not seen or not isinstance(hidden_of(seen[0]), Tensor):
+            for block in self.stack.blocks:
+                hook(block.register_forward_hook(leave, with_kwargs=True))
+            try:
+                self._forward(probe_batch(self.model, self.stack.layout, windows=1, length=2))
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise UnsupportedModelError(
+                    f"{self.stack.layout.subject}: its forward does not run on made-up tokens, so that nothing can be "
+                    f"measured or proven: {reason}"
+                ) from error
+            except _EndOfRun:
+                pass
+        self._call.forget()
+        if not outputs or not isinstance(hidden_of(outputs[0]), Tensor):
             raise UnsupportedModelError(
-                f"Model type '{self.model.config.model_type}': its forward does not run the blocks in "
-                f"'{self.stack.path}' one after the other."
+                f"{self.stack.layout.subject}: its forward does not run the blocks in '{self.stack.path}' one after "
+                "the other."
             )
-        output = seen[0]
-        self._return_type = (type(output), len(output) if isinstance(output, (tuple, list)) else 0)
+        self._form = learn_form(outputs, arguments)
 
-    def _head_rows(self, batch: Batch) -> Iterator[slice]:
+    def _head_rows(self, batch: Batch) -> Iterator[tuple[slice, Batch]]:
         windows, length = batch.input_ids.shape
-        vocabulary = self.model.config.vocab_size
-        step = max(1, _MAX_LOGITS // (length * vocabulary))
-        return (slice(row, row + step) for row in range(0, windows, step))
+        step = max(1, _MAX_LOGITS // (length * vocabulary_of(self.stack.layout)))
+        if step >= windows:
+            yield slice(0, windows), batch
+            return
+        for row in range(0, windows, step):
+            yield slice(row, row + step), batch.rows(slice(row, row + step))
 
     @contextmanager
     def _stand_ins(self, idle: set[int], start: BlockOutput | None) -> Iterator[None]:
@@ -250,7 +292,7 @@ class BlockRunner:
                 if start is not None and block == start.block:
                     entries[str(block)] = Replay(originals[str(block)], start.value)
                 else:
-                    entries[str(block)] = Bypass(originals[str(block)], self._return_type)
+                    entries[str(block)] = Bypass(originals[str(block)], self._form)
             yield
         finally:
             entries.update(originals)
@@ -275,27 +317,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def token_nll(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Summed next-token NLL (nats, float64 scalar on the logits' device) and the number of predictions.
-
-    Args:
-        logits: [B, S, vocabulary].
-        batch: The windows that gave them; predictions from or of padding are left out.
-    """
-    targets = batch.input_ids[:, 1:].to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none").double()
-    if batch.attention_mask is None:
-        return losses.sum(), losses.numel()
-    scored = (batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]).flatten()
-    # Not multiplied by the mask: a padded position may hold NaN.
-    return losses[scored.to(losses.device)].sum(), int(scored.sum())
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(mean NLL), infinite instead of an overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _visitor(index: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:

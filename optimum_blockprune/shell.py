@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,11 +19,12 @@ import torch
 from optimum.utils import logging
 from transformers import GenerationConfig
 
+from .checking import Check, check_config
 from .commands import given_fields, model_arguments
 from .config import BlockPruningConfig
 from .errors import ConfigurationError, OutputError
 from .evaluation import EvaluationSpec
-from .loading import load_model, split_gguf
+from .loading import load_model, read_config, split_gguf
 from .plan import PruningPlan
 from .pruner import BlockPruner
 from .registry import available_strategies
@@ -40,7 +41,8 @@ def run(args: Namespace) -> None:
     _refuse_search_flags(args)
     check_output(args.output, overwrite=args.overwrite)
     pruner = _pruner(args, _config(args))
-    plan = PruningPlan.from_blocks(pruner.model, args.blocks) if args.blocks else None
+    stack = getattr(args, "stack", None)
+    plan = PruningPlan.from_blocks(pruner.model, args.blocks, stack=stack) if args.blocks else None
     pruner.check_save(args.output, plan=plan, overwrite=args.overwrite, verify=args.verify)
     held_out = args.eval_dataset
     if held_out is not None:
@@ -95,6 +97,56 @@ def evaluate(args: Namespace) -> None:
     _print(args, results, _table(results))
 
 
+def check(args: Namespace) -> None:
+    """Says from the configuration alone what can be removed."""
+    loading = model_arguments(args)
+    config = read_config(args.model, **loading)
+    checks = check_config(
+        config,
+        stack=getattr(args, "stack", None),
+        removed=args.blocks,
+        remote_code=loading.get("trust_remote_code", False),
+    )
+    _print(args, {"checks": [each.to_dict() for each in checks]}, "\n\n".join(map(_described, checks)))
+
+
+def _described(check: Check) -> str:
+    named = f"{check.model_type} ({check.class_name})" if check.class_name else check.model_type
+    head = f"{named}, {check.stack} of {check.num_blocks} blocks" if check.num_blocks else named
+    lines = [head, *(f"  {unit:<12} {answer}" for unit, answer in check.units.items())]
+    if check.prunable:
+        how = "proven by the test suite" if check.evidence == "proven" else "accepted if the result passes the gate"
+        lines.append(f"  {'evidence':<12} {how}")
+    if check.search not in (None, "yes"):
+        lines.append(f"  {'search':<12} no: {check.search}")
+        lines.append(f"  {'alone':<12} {_ranges(check.removable)}")
+    reasons: dict[str, list[int]] = {}
+    for block, reason in check.protected.items():
+        reasons.setdefault(reason, []).append(block)
+    lines += [f"  {'stay':<12} {_ranges(blocks)}: {reason}" for reason, blocks in reasons.items()]
+    if check.cache is not None:
+        lines.append(f"  {'cache':<12} not compared: {check.cache}")
+    lines += [f"  {'sets':<12} {name} = {value}" for name, value in check.changes.items()]
+    for runtime, verdict in check.runtimes.items():
+        lines.append(f"  {runtime:<12} {verdict['verdict']}: {verdict['reason']}")
+        if "same_without" in verdict and verdict["verdict"] == "same":
+            some = _ranges(verdict["same_without"]) or "no single block"
+            every = set(check.removable) <= set(verdict["same_without"])
+            lines.append(f"  {'':<12} and without {'any one of the others' if every else 'one of ' + some}")
+    return "\n".join(lines)
+
+
+def _ranges(blocks: Iterable[int]) -> str:
+    """Spells ascending numbers as `0-2, 7`."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def strategies(args: Namespace) -> None:
     """Lists what is installed."""
     found = available_strategies()
@@ -119,7 +171,7 @@ def _pruner(args: Namespace, config: BlockPruningConfig) -> BlockPruner:
 
 def _refuse_search_flags(args: Namespace) -> None:
     """An option that would be ignored is an error."""
-    used = _EVALUATION_FIELDS if args.eval_dataset is not None else ()
+    used = ("stack", *(_EVALUATION_FIELDS if args.eval_dataset is not None else ()))
     given = [name for name in sorted(given_fields(args)) if name not in used] + (["config"] if args.config else [])
     if args.blocks and given:
         raise ConfigurationError(f"--blocks names the blocks itself; {', '.join(given)} would have no effect.")

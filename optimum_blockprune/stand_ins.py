@@ -3,10 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model's blocks return their result, and which arguments of the next block its parts become.
+
+    Attributes:
+        kind: Type of the return value: a tensor, or a tuple or list that begins with the hidden states.
+        length: Number of its parts; 0 for a tensor.
+        carried: Part -> position or name of the argument under which the next block receives the same object. Most
+            models carry the hidden states only; some a second stream beside them (router states, position biases).
+    """
+
+    kind: type
+    length: int
+    carried: Mapping[int, int | str]
 
 
 class _StandIn(nn.Module):
@@ -22,16 +39,19 @@ class _StandIn(nn.Module):
 
 
 class Bypass(_StandIn):
-    """Returns the incoming hidden states in the form in which the model's blocks return theirs."""
+    """Hands on what comes in, in the form in which the model's blocks return it."""
 
-    def __init__(self, block: nn.Module, return_type: tuple[type, int]) -> None:
+    def __init__(self, block: nn.Module, form: Form) -> None:
         super().__init__(block)
-        self._form = return_type
+        self._form = form
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = incoming_hidden(args, kwargs)
-        kind, length = self._form
-        return kind((hidden, *[None] * (length - 1))) if length else hidden
+        # A copy: some models change hidden states in place between blocks, which must not reach what came before.
+        hidden = incoming_hidden(args, kwargs).clone()
+        if not self._form.length:
+            return hidden
+        rest = [_argument(self._form.carried.get(part), args, kwargs) for part in range(1, self._form.length)]
+        return self._form.kind((hidden, *rest))
 
 
 class Replay(_StandIn):
@@ -43,6 +63,25 @@ class Replay(_StandIn):
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return map_tensors(self._value, Tensor.clone)
+
+
+def learn_form(outputs: Sequence[Any], arguments: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> Form:
+    """Finds out from one run how blocks return and receive their streams.
+
+    Args:
+        outputs: What the blocks returned, in order.
+        arguments: What they were called with.
+    """
+    first = outputs[0]
+    parts = len(first) if isinstance(first, (tuple, list)) else 0
+    carried: dict[int, int | str] = {}
+    for output, (args, kwargs) in zip(outputs, arguments[1:], strict=False):
+        given = {**dict(enumerate(args)), **kwargs}
+        for part in range(1, parts):
+            value = output[part]
+            if value is not None and not isinstance(value, (bool, int, float, str)):
+                carried.update((part, name) for name, argument in given.items() if argument is value)
+    return Form(type(first), parts, carried)
 
 
 def incoming_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -62,3 +101,9 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(item, function) for item in value)
     return value
+
+
+def _argument(name: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(name, int):
+        return args[name] if name < len(args) else None
+    return kwargs.get(name)

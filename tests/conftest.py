@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from families import random_ids
 
-from optimum_blockprune.calibration import CalibrationWindows
+from optimum_blockprune.batches import CalibrationWindows
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES, block_list, block_path, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
+from zoo import multimodal, other_stacks
 
 from optimum_blockprune.blocks import find_blocks, refuse_wrapped
 from optimum_blockprune.errors import UnsupportedModelError
@@ -20,6 +21,7 @@ with warnings.catch_warnings():
     # Reads attributes of transformers that are deprecated, at import.
     warnings.simplefilter("ignore")
     import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])
@@ -34,6 +36,50 @@ def test_finds_the_list(family: str) -> None:
     assert stack.blocks is block_list(model)
     assert stack.model is model
     assert len(stack) == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "bert#bare", "modernbert", "bart", "t5", "t5gemma", "encoder-decoder", "whisper"]
+)
+def test_finds_the_list_of_each_stack(name: str) -> None:
+    model = other_stacks.tiny_model(name)
+    stacks = other_stacks.stacks(name)
+    for stack in stacks:
+        found = find_blocks(model, stack)
+        assert found.blocks is other_stacks.block_list(name, model, stack)
+        assert (found.path, found.layout.stack) == (other_stacks.SPECIMENS[name]["stacks"][stack]["path"], stack)
+        assert len(found) == other_stacks.depth(name, stack)
+    assert find_blocks(model).layout.stack == stacks[-1]
+
+
+def test_stacks_of_one_depth_are_told_apart() -> None:
+    model = other_stacks.tiny_model("bart", 5, 5)
+    assert [find_blocks(model, stack).path for stack in ("encoder", "decoder")] == [
+        "model.encoder.layers",
+        "model.decoder.layers",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "blip-2", "qwen2_audio"])
+def test_finds_the_text_decoder_beside_towers_of_its_depth(name: str) -> None:
+    model = multimodal.tiny_model(name)
+    found = find_blocks(model)
+    assert found.blocks is multimodal.block_list(name, model)
+    assert found.path == multimodal.SPECIMENS[name]["path"]
+    towers = {
+        len(module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not path.startswith(found.path)
+    }
+    assert towers
+    for depth in towers:
+        model = multimodal.tiny_model(name, depth)
+        assert find_blocks(model).blocks is multimodal.block_list(name, model)
+
+
+def test_a_stack_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="'llama' has no 'encoder' stack"):
+        find_blocks(tiny_model("llama"), "encoder")
 
 
 def test_lists_of_other_length_inside_the_blocks_do_not_confuse() -> None:
@@ -82,12 +128,13 @@ def test_peft_model_is_refused_and_accepted_once_merged() -> None:
 
 @filter_peft
 def test_added_adapter_is_refused_even_when_deleted() -> None:
-    model = tiny_model("llama")
-    model.add_adapter(LORA, adapter_name="extra")
+    # What `model.add_adapter` does, which asks for the newest PEFT.
+    model = peft.inject_adapter_in_model(LORA, tiny_model("llama"), adapter_name="extra")
     with pytest.raises(UnsupportedModelError, match="PEFT"):
         find_blocks(model)
     # The adapter goes, its layers stay.
-    model.delete_adapter("extra")
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        layer.delete_adapter("extra")
     with pytest.raises(UnsupportedModelError, match="PEFT"):
         find_blocks(model)
 
@@ -120,5 +167,5 @@ def test_foreign_objects_are_refused(thing: object) -> None:
 def test_model_without_a_language_model_head_is_refused() -> None:
     classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
     for model in (tiny_model("llama").model, classifier):
-        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__}.*'llama'.*AutoModelForCausalLM"):
+        with pytest.raises(UnsupportedModelError, match=rf"'llama' \({type(model).__name__}\).*AutoModelForCausalLM"):
             find_blocks(model)

@@ -17,7 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from optimum_blockprune.calibration import Batch, CalibrationWindows, WindowSpec, build_windows
+from optimum_blockprune.batches import Batch, CalibrationWindows
+from optimum_blockprune.calibration import WindowSpec, build_windows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_blockprune import BlockPruningConfig, checkpoint, tensors
+from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.checkpoint import apply_to_checkpoint
 from optimum_blockprune.errors import (
     BlockPruningError,
@@ -299,8 +300,8 @@ def test_a_quantised_checkpoint_is_refused(llama: Path) -> None:
         ({"hidden_size": "wide"}, "is malformed|cannot be loaded"),
         ({"num_attention_heads": 3}, "is malformed|cannot be loaded"),
         ({"layer_types": ["full_attention"]}, "is malformed|cannot be loaded"),
-        ({"intermediate_size": 49}, "does not load as a causal language model"),
-        ({"hidden_act": "unheard of"}, "does not load as a causal language model"),
+        ({"intermediate_size": 49}, "does not load as LlamaForCausalLM"),
+        ({"hidden_act": "unheard of"}, "does not load as LlamaForCausalLM"),
     ],
 )
 def test_a_configuration_that_does_not_fit(fields: dict[str, object], message: str, llama: Path) -> None:
@@ -309,8 +310,8 @@ def test_a_configuration_that_does_not_fit(fields: dict[str, object], message: s
 
 
 def test_a_plan_for_another_model_is_refused(llama: Path) -> None:
-    refused(PlanError, "made for a 'mistral' model of 5 blocks", llama, plan=plan_of("mistral"))
-    refused(PlanError, "of 7 blocks", llama, plan=PruningPlan.from_removed("llama", 7, [1]))
+    refused(PlanError, "is for the decoder of a 'mistral' model with 5 blocks", llama, plan=plan_of("mistral"))
+    refused(PlanError, "with 7 blocks", llama, plan=PruningPlan.from_removed("llama", 7, [1]))
 
 
 def test_numbered_tensors_beyond_the_blocks_are_refused(llama: Path) -> None:
@@ -329,12 +330,13 @@ def test_an_incomplete_source_is_refused(llama: Path) -> None:
 
 def test_blocks_under_an_unknown_name_are_refused(llama: Path) -> None:
     # Without its tensors being found the model would be incomplete, which is said first; this asks the finder.
+    stack = find_blocks(load(llama))
     with pytest.raises(UnsupportedModelError, match="nowhere under model.layers or layers"):
-        checkpoint._block_prefix(["blocks.0.weight"], load(llama))
+        checkpoint._block_prefix(["blocks.0.weight"], stack)
     with pytest.raises(UnsupportedModelError, match="under model.layers and layers at once"):
-        checkpoint._block_prefix(["layers.0.weight", "model.layers.1.weight"], load(llama))
+        checkpoint._block_prefix(["layers.0.weight", "model.layers.1.weight"], stack)
     with pytest.raises(UnsupportedModelError, match=r"no tensors of \[1, 3, 4\]"):
-        checkpoint._block_prefix(["layers.0.weight", "layers.2.weight"], load(llama))
+        checkpoint._block_prefix(["layers.0.weight", "layers.2.weight"], stack)
 
 
 def test_places_that_are_no_checkpoint(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,18 @@ import datasets
 import pytest
 import torch
 from families import random_ids, tiny_model
-from toys import TEXTS, config, counting, text, toy_pruner, word_tokenizer
+from toys import TEXTS, assert_unchanged, config, counting, snapshot, text, toy_pruner, word_tokenizer
+from zoo import other_stacks
 
 from optimum_blockprune import BlockPruner, PruningPlan, PruningStrategy
 from optimum_blockprune import choosing as choosing_module
+from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec
 from optimum_blockprune.choosing import choose, held_out_split, num_to_remove, window_spec, windows_for
-from optimum_blockprune.errors import CalibrationError, PlanError, UnsupportedModelError
+from optimum_blockprune.errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
 from optimum_blockprune.recipe import Recipe
 from optimum_blockprune.report import PruningReport
+from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.strategies.base import SearchContext
 
 
@@ -115,8 +118,11 @@ def test_without_data_nothing_is_read(installed) -> None:
         (lambda context: context.plan([4, 5]), r"chose \[4, 5\]"),
         (lambda context: context.plan([1, 1]), "A block is removed twice"),
         (lambda context: context.plan([1, 6]), "Block 6 does not exist"),
-        (lambda context: PruningPlan.from_removed("llama", 9, [1, 2]), "made for a 'llama' model of 9 blocks"),
-        (lambda context: PruningPlan.from_removed("gpt2", 6, [1, 2]), "made for a 'gpt2' model"),
+        (
+            lambda context: PruningPlan.from_removed("llama", 9, [1, 2]),
+            "for the decoder of a 'llama' model with 9 blocks",
+        ),
+        (lambda context: PruningPlan.from_removed("gpt2", 6, [1, 2]), "for the decoder of a 'gpt2' model"),
         (lambda context: [1, 2], "'random' returned list, not a PruningPlan"),
     ],
 )
@@ -134,7 +140,10 @@ def test_a_strategy_that_errs_is_refused(answer, message: str, installed) -> Non
 def test_gpt2_that_scales_by_block_number_is_refused_before_the_search() -> None:
     model = tiny_model("gpt2", 6, scale_attn_by_inverse_layer_idx=True)
     pruner = BlockPruner(model, config(), word_tokenizer())
-    with counting(model) as forwards, pytest.raises(UnsupportedModelError, match="'gpt2' with scale_attn_by_inverse"):
+    with (
+        counting(model) as forwards,
+        pytest.raises(UnsupportedModelError, match="'gpt2' cannot lose .* by the block n"),
+    ):
         pruner.make_plan()
     with counting(model) as more, pytest.raises(UnsupportedModelError, match="can only lose its last blocks"):
         pruner.prune(plan=PruningPlan.from_removed("gpt2", 6, [2]))
@@ -157,9 +166,13 @@ def test_the_budget_is_counted_for_this_model() -> None:
 def test_windows_are_no_longer_than_the_model_reads() -> None:
     long = [text(1000)]
     for family in ("llama", "gpt2", "opt"):
-        windows = windows_for(tiny_model(family), long, word_tokenizer(), WindowSpec(num_samples=2, seqlen=2048))
+        windows = windows_for(
+            find_blocks(tiny_model(family)), long, word_tokenizer(), WindowSpec(num_samples=2, seqlen=2048)
+        )
         assert windows.seqlen == 128
-    windows = windows_for(tiny_model("bloom"), long, word_tokenizer(), WindowSpec(num_samples=1, seqlen=500))
+    windows = windows_for(
+        find_blocks(tiny_model("bloom")), long, word_tokenizer(), WindowSpec(num_samples=1, seqlen=500)
+    )
     assert windows.seqlen == 500  # no limit
     pruner = toy_pruner(dataset=long, num_samples=2, seqlen=2048)
     assert pruner.make_plan().calibration["seqlen"] == 128
@@ -178,7 +191,63 @@ def test_a_token_outside_the_vocabulary_is_refused_before_the_search() -> None:
             assert not forwards
     ids[2, 3] = 95
     rows = [{"input_ids": row.tolist()} for row in ids]
-    assert torch.equal(windows_for(tiny_model("llama"), rows, None, WindowSpec(4, 16)).input_ids, ids)
+    assert torch.equal(windows_for(find_blocks(tiny_model("llama")), rows, None, WindowSpec(4, 16)).input_ids, ids)
+
+
+def test_encoders_lose_the_positions_that_count_from_the_padding_token() -> None:
+    long = [text(1000)]
+    spec = WindowSpec(num_samples=2, seqlen=2048)
+    # 128 positions; BERT's padding token is 0, RoBERTa's first position is one behind its padding token.
+    for name, expected in (("bert", 127), ("roberta", 128 - other_stacks.tiny_config("roberta").pad_token_id - 1)):
+        model = other_stacks.tiny_model(name)
+        windows = windows_for(find_blocks(model), long, word_tokenizer(), spec)
+        assert windows.seqlen == expected
+        assert torch.isfinite(BlockRunner(model).logits(next(windows.batches(2)))).all()
+
+
+# Stacks
+
+
+@pytest.mark.parametrize("strategy", ["sleb", "mi_prun", "shortgpt", "angular", "random"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_search_is_about_one_stack(strategy: str, stack: str) -> None:
+    model = other_stacks.tiny_model("bart", 5, 6)
+    before = snapshot(model)
+    pruner = BlockPruner(model, config(strategy, stack=stack), word_tokenizer())
+    plan = pruner.make_plan()
+    depth = {"encoder": 5, "decoder": 6}
+    assert (plan.model_type, plan.stack, plan.num_blocks) == ("bart", stack, depth[stack])
+    assert len(plan.removed_blocks) == 2
+    assert_unchanged(model, before)
+    pruner.prune(plan=plan)
+    depth[stack] -= 2
+    assert {each: len(find_blocks(model, each)) for each in depth} == depth
+
+
+def test_blocks_that_have_to_stay_are_not_searched() -> None:
+    model = other_stacks.tiny_model("t5", 5, 5)
+    recipe = Recipe("random", num_blocks=4, stack="decoder", protect_first=0)
+    assert num_to_remove(model, recipe) == 4
+    assert sorted(choose(model, recipe, None, PruningReport()).removed_blocks) == [1, 2, 3, 4]
+    with pytest.raises(ConfigurationError, match="num_blocks=5 asks to remove 5 of 5 blocks, but only 4 may go"):
+        num_to_remove(model, Recipe("random", num_blocks=5, stack="decoder", protect_first=0))
+
+
+def test_an_encoder_without_a_mask_token_is_pruned_by_its_hidden_states() -> None:
+    model = other_stacks.tiny_model("bert")
+    pruner = BlockPruner(model, config("sleb"), word_tokenizer())
+    with counting(model) as forwards, pytest.raises(CalibrationError, match="'bert' has no mask token"):
+        pruner.make_plan()
+    assert not forwards
+    assert pruner.make_plan(config("shortgpt")).stack == "encoder"
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "w9"})
+    assert BlockPruner(model, config("sleb"), tokenizer).make_plan().scores
+
+
+def test_a_stack_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="'llama' has no 'encoder' stack"):
+        toy_pruner(stack="encoder")
 
 
 def test_a_recipe_says_how_text_is_cut() -> None:

@@ -82,6 +82,7 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
     typed = {
         "strategy": "random",
         "num_blocks": 3,
+        "stack": "encoder",
         "dataset": "c4",
         "dataset_text_field": "body",
         "num_samples": 4,
@@ -208,7 +209,7 @@ def test_help_shows_every_field_with_its_default(capsys, monkeypatch) -> None:
 
 def test_without_a_command_the_help_is_printed(capsys) -> None:
     run()
-    assert "{run,plan,apply,evaluate,strategies}" in capsys.readouterr().out
+    assert "{run,plan,apply,evaluate,check,strategies}" in capsys.readouterr().out
 
 
 def test_the_parser_is_built_without_heavy_libraries() -> None:

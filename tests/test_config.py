@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from optimum_blockprune.config import CONFIG_FILE, FIELD_NAMES, BlockPruningConfig
 from optimum_blockprune.errors import ConfigurationError, OutputError, UnknownStrategyError
+from optimum_blockprune.plan import PruningPlan
 from optimum_blockprune.recipe import Recipe
 
 
@@ -205,6 +206,20 @@ def test_save_refuses_a_file_and_idle_arguments(tmp_path) -> None:
         BlockPruningConfig("random").save_pretrained(tmp_path / "taken")
     with pytest.raises(ConfigurationError, match="repo_id only count"):
         BlockPruningConfig("random").save_pretrained(tmp_path, repo_id="x")
+
+
+@pytest.mark.parametrize("stack", ["decoder", "encoder"])
+def test_a_plan_says_which_stack_it_is_about(stack: str) -> None:
+    named = PruningPlan.from_removed("bart", 6, [3, 1], stack=stack)
+    found = {"strategy": "random", "requested": {"sparsity": 0.4}, "seed": 3, "stack": stack}
+    # The decoder is what is pruned where nothing is said.
+    said = None if stack == "decoder" else stack
+    config = BlockPruningConfig.from_plan(named)
+    assert (config.strategy, config.num_blocks, config.stack) == ("manual", 2, said)
+    assert config.strategy_options == {"blocks": "3,1"}
+    config = BlockPruningConfig.from_plan(PruningPlan.from_removed("bart", 6, [3, 1], **found))
+    assert (config.strategy, config.sparsity, config.seed, config.stack) == ("random", 0.4, 3, said)
+    assert BlockPruningConfig.from_dict(config.to_dict()).stack == said
 
 
 def test_save_pretrained_pushes(hub, tmp_path) -> None:

@@ -11,10 +11,11 @@ from families import plain_logits, random_ids, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 from toys import assert_unchanged, snapshot
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
+from zoo import other_stacks
 
 from optimum_blockprune import evaluation as evaluation_module
-from optimum_blockprune.calibration import CalibrationWindows
+from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.errors import ConfigurationError, NonFiniteError, UnsupportedModelError
 from optimum_blockprune.evaluation import EvaluationSpec, evaluate_model, size_of, speed_of
 
@@ -153,8 +154,60 @@ def test_kl_needs_one_vocabulary() -> None:
 
 
 def test_a_baseline_that_is_no_language_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="no language-model head"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"\(LlamaModel\) is neither a language model .* language-model head"
+    ):
         measure(tiny_model("llama"), random_ids(), baseline=tiny_model("llama").model)
+
+
+# Other kinds of models
+
+
+def test_an_encoder_is_measured_on_its_masked_tokens() -> None:
+    model = other_stacks.tiny_model("bert")
+    ids = other_stacks.inputs("bert", model)["input_ids"]
+    labels = torch.where(torch.arange(ids.shape[1]) % 5 == 2, ids, -100)
+    windows = CalibrationWindows.from_tokens(ids, source="random", labels=labels)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=labels).loss.item()
+    for size in (1, 2):
+        result = evaluate_model(model, windows, EvaluationSpec(batch_size=size), baseline=model)
+        assert result["nll"] == pytest.approx(loss, rel=1e-5)
+        assert result["kl"] == pytest.approx(0.0, abs=1e-9)
+        assert result["tokens"] == int((labels != -100).sum())
+        # It does not generate.
+        assert result["prefill_tokens_per_second"] > 0 and "decode_tokens_per_second" not in result
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_an_encoder_decoder_is_measured_on_what_it_says(name: str) -> None:
+    model = other_stacks.tiny_model(name)
+    inputs = other_stacks.inputs(name, model)
+    said = inputs.pop("decoder_input_ids")
+    extra = {key: value.split(1) for key, value in inputs.items()}
+    windows = CalibrationWindows.from_tokens(said, source="random", extra=extra)
+    with torch.no_grad():
+        logits = model(**inputs, decoder_input_ids=said, use_cache=False).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), said[:, 1:].flatten()).item()
+    result = evaluate_model(model, windows, EvaluationSpec(decode_tokens=4))
+    assert result["nll"] == pytest.approx(loss, rel=1e-5)
+    assert result["blocks"] == other_stacks.depth(name, "decoder")
+    assert result["prefill_tokens_per_second"] > 0 and result["decode_tokens_per_second"] > 0
+
+
+def test_size_counts_the_blocks_of_one_stack() -> None:
+    model = other_stacks.tiny_model("bart", 4, 6)
+    encoder, decoder, default = (size_of(model, stack) for stack in ("encoder", "decoder", None))
+    assert (encoder["blocks"], decoder["blocks"]) == (4, 6)
+    assert decoder == default and encoder["parameters"] == decoder["parameters"]
+
+
+def test_a_stride_needs_running_text() -> None:
+    model = other_stacks.tiny_model("bert")
+    ids = random_ids(2, 12)
+    windows = CalibrationWindows.from_tokens(ids, source="random", labels=ids)
+    with pytest.raises(ConfigurationError, match="A stride needs running text"):
+        evaluate_model(model, windows, EvaluationSpec(stride=4, speed=False))
 
 
 # Settings and broken models
@@ -197,14 +250,15 @@ def test_speed_is_tokens_by_seconds(monkeypatch) -> None:
     ticks = iter((0.0, 2.0, 10.0, 14.0))
     generated: list[int] = []
     monkeypatch.setattr(evaluation_module.time, "perf_counter", lambda: next(ticks))
-    generate = model.generate
+    generate = GenerationMixin.generate
 
-    def recording(*args, **kwargs):
-        output = generate(*args, **kwargs)
-        generated.append(output.shape[1] - args[0].shape[1])
+    def recording(model, **kwargs):
+        output = generate(model, **kwargs)
+        generated.append(output.shape[1] - kwargs["input_ids"].shape[1])
         return output
 
-    monkeypatch.setattr(model, "generate", recording)
+    # Not the model's own attribute: some models wrap `generate` in one that cuts and joins their inputs.
+    monkeypatch.setattr(GenerationMixin, "generate", recording)
     windows = CalibrationWindows.from_tokens(random_ids(2, 12), source="random")
     speed = speed_of(model, windows, decode_tokens=20)
     assert speed == {"prefill_tokens_per_second": 12 / 2, "decode_tokens_per_second": 20 / 4}

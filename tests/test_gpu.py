@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_blockprune.calibration import Batch, CalibrationWindows
+from optimum_blockprune.batches import Batch, CalibrationWindows
 from optimum_blockprune.errors import VerificationError
 from optimum_blockprune.gate import apply_proven, expect, prove_folder
 from optimum_blockprune.plan import PruningPlan

@@ -15,12 +15,29 @@ import torch
 from families import block_list, plain_logits, random_ids, silenced, tiny_model
 from safetensors.torch import load_file, save_file
 from toys import assert_same_weights, config, toy_folder, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, PreTrainedModel, T5Config, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BltConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 from transformers import dynamic_module_utils as dynamic_modules
+from zoo import multimodal, other_stacks
 
-from optimum_blockprune import BlockPruner, PruningPlan
+from optimum_blockprune import BlockPruner, PruningPlan, loading
 from optimum_blockprune.errors import BlockPruningError, ConfigurationError, UnsupportedModelError
-from optimum_blockprune.loading import dequantised, find_tokenizer, load_config, load_model, load_tokenizer, split_gguf
+from optimum_blockprune.loading import (
+    dequantised,
+    find_processor,
+    find_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    split_gguf,
+)
 
 
 REMOTE_CODE = """
@@ -137,13 +154,10 @@ def test_wishes_that_cannot_be_met(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (BertConfig(architectures=["BertForMaskedLM"]), "'bert' is not a decoder-only language model (encoder-only"),
-        (BertConfig(), "'bert' is not a decoder-only language model"),
-        (ViTConfig(), "'vit' is not a decoder-only language model"),
-        (
-            T5Config(architectures=["T5ForConditionalGeneration"]),
-            "'t5' is an encoder-decoder; this version prunes dec",
-        ),
+        (ViTConfig(), "'vit' (no class) is neither a language model"),
+        (ViTConfig(architectures=["ViTForImageClassification"]), "'vit' (ViTForImageClassification) is neither"),
+        (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "'llama' (LlamaForSequenceClassification) is"),
+        (BltConfig(), "'blt' has no number of blocks"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
@@ -151,6 +165,34 @@ def test_other_kinds_of_models_are_refused_by_name(settings: Any, message: str, 
     settings.save_pretrained(tmp_path)
     error = refusal(tmp_path)
     assert type(error) is UnsupportedModelError and message in str(error)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert#bare", "t5", "bart"])
+def test_encoders_and_encoder_decoders_are_loaded_with_the_class_they_name(name: str, tmp_path: Path) -> None:
+    saved = other_stacks.tiny_model(name)
+    saved.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert type(model) is type(saved) and not model.training
+    assert_same_weights(model.state_dict(), saved.state_dict())
+
+
+def test_a_model_with_images_brings_its_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = multimodal.tiny_model("llava")
+    saved.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert type(model) is type(saved)
+    said: list[str] = []
+    monkeypatch.setattr(loading.logger, "warning", said.append)
+    # Only tokenizers are read by text models, so that nothing is looked for.
+    assert find_processor(tmp_path, tiny_model("llama")) is None and not said
+    assert find_processor(tmp_path, model) is None
+    assert len(said) == 1 and f"No processor can be loaded from '{tmp_path}', so none is saved" in said[0]
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        AutoProcessor, "from_pretrained", lambda *args, **kwargs: asked.append((args, kwargs)) or "processor"
+    )
+    assert find_processor(tmp_path, model, revision="r", dtype="float16") == "processor"
+    assert asked == [((str(tmp_path),), {"trust_remote_code": False, "revision": "r"})]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])

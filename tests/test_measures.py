@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimum_blockprune.calibration import Batch
+from optimum_blockprune.batches import Batch
 from optimum_blockprune.errors import NonFiniteError
 from optimum_blockprune.measures import (
     BoundaryDistance,
@@ -24,11 +24,8 @@ from optimum_blockprune.measures import (
 )
 
 
-LEFT_AND_RIGHT = Batch(
-    torch.zeros(3, 4, dtype=torch.long),
-    torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool),
-)
-FULL = Batch(torch.zeros(2, 3, dtype=torch.long))
+LEFT_AND_RIGHT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+FULL = torch.ones(2, 3, dtype=torch.bool)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -51,7 +48,7 @@ def test_content_leaves_the_first_real_token_out() -> None:
 def test_last_tokens_are_real_ones() -> None:
     assert last_tokens(FULL).tolist() == [2, 5]
     assert last_tokens(LEFT_AND_RIGHT).tolist() == [3, 6, 11]
-    assert last_tokens(Batch(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))).tolist() == []
+    assert last_tokens(torch.zeros(1, 2, dtype=torch.bool)).tolist() == []
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from families import tiny_config, tiny_model
+from zoo import multimodal, other_stacks
 
 from optimum_blockprune.errors import BlockPruningError, PlanError, UnsupportedModelError
 from optimum_blockprune.plan import FORMAT_VERSION, PLAN_FILE, BlockSource, PruningPlan
@@ -121,6 +122,8 @@ def test_all_blocks_removed() -> None:
         ({"blocks": ()}, "removes every block"),
         ({"model_type": ""}, "model type"),
         ({"model_type": None}, "model type"),
+        ({"stack": "middle"}, "for the 'decoder' or the 'encoder' of a model, not for 'middle'"),
+        ({"stack": None}, "not for None"),
     ],
 )
 def test_parts_that_contradict_each_other(plan: PruningPlan, fields: dict[str, Any], message: str) -> None:
@@ -142,6 +145,21 @@ def test_from_a_model_or_its_configuration() -> None:
     plan = PruningPlan.from_blocks(config, [2])
     assert (plan.model_type, plan.num_blocks, plan.base_model) == ("gemma2", 5, "org/gemma")
     assert PruningPlan.from_blocks(tiny_model("gemma2"), [2]).kept_blocks == plan.kept_blocks == (0, 1, 3, 4)
+
+
+def test_from_one_stack_of_a_model() -> None:
+    model = other_stacks.tiny_model("bart", 4, 6)
+    for stack, depth in (("encoder", 4), ("decoder", 6), (None, 6)):
+        plan = PruningPlan.from_blocks(model, [2], stack=stack)
+        assert (plan.model_type, plan.stack, plan.num_blocks) == ("bart", stack or "decoder", depth)
+        assert PruningPlan.from_dict(plan.to_dict()) == plan
+    assert PruningPlan.from_blocks(other_stacks.tiny_config("bert"), [2]).stack == "encoder"
+    inner = PruningPlan.from_blocks(multimodal.tiny_config("llava"), [2])
+    assert (inner.model_type, inner.stack) == ("llama", "decoder")
+    with pytest.raises(PlanError, match="Block 4 does not exist: this model has blocks 0 to 3"):
+        PruningPlan.from_blocks(model, [4], stack="encoder")
+    with pytest.raises(UnsupportedModelError, match="'llama' has no 'encoder' stack"):
+        PruningPlan.from_blocks(tiny_config("llama"), [1], stack="encoder")
 
 
 def test_from_a_model_that_cannot_lose_blocks() -> None:

@@ -35,6 +35,7 @@ from optimum_blockprune import (
     available_strategies,
 )
 from optimum_blockprune import pruner as pruner_module
+from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec
 from optimum_blockprune.choosing import windows_for
 from optimum_blockprune.errors import ConfigurationError, OutputError, PlanError, UnsupportedModelError
@@ -402,7 +403,8 @@ def test_a_stride_reads_on_in_the_text_instead_of_choosing_windows(dense: Path) 
     pruner = BlockPruner.from_pretrained(dense, config(seqlen=8))
     strided = EvaluationSpec(stride=4, speed=False)
     few = pruner.evaluate(num_samples=3, spec=strided)
-    text = windows_for(pruner.model, pruner.config.dataset, pruner.tokenizer, WindowSpec(num_samples=None, seqlen=8))
+    whole = WindowSpec(num_samples=None, seqlen=8)
+    text = windows_for(find_blocks(pruner.model), pruner.config.dataset, pruner.tokenizer, whole)
     expected = evaluate_model(pruner.model, text.first(3), strided)
     assert few["windows"] == 3 and few["nll"] == expected["nll"]
     assert few["fingerprint"] == text.first(3).fingerprint != text.fingerprint

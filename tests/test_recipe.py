@@ -78,6 +78,8 @@ def test_requested_is_the_budget_as_given(budget) -> None:
         ({"calibration_recipe": None}, "Available: sleb, windows"),
         ({"strategy": ""}, "strategy must be the name of a strategy"),
         ({"strategy": None}, "strategy must be the name of a strategy, not None"),
+        ({"stack": "middle"}, "stack must be 'decoder' or 'encoder', not 'middle'"),
+        ({"stack": ""}, "stack must be 'decoder' or 'encoder', not ''"),
         ({"dataset": ""}, "dataset is an empty string"),
         ({"dataset_text_field": ""}, "dataset_text_field must be the name of a column"),
         ({"use_chat_template": 1}, "use_chat_template must be True or False, not 1"),

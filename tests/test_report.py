@@ -30,6 +30,9 @@ FULL = {
     "dtype": "float32",
     "strategy_details": {"dense_loss": 2.0},
     "verification": {"mode": "logits"},
+    "loader": "AutoModelForCausalLM",
+    "task": "text-generation",
+    "runtimes": {"vllm": {"verdict": "same", "reason": None}},
     "evaluations": [{"perplexity": 3.0, "tokens": 9}],
     "versions": {"torch": "2.13"},
 }

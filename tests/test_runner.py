@@ -14,11 +14,13 @@ from families import FAMILIES, block_list, plain_logits, random_ids, silenced, t
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from optimum_blockprune import runner as runner_module
-from optimum_blockprune.calibration import Batch
+from optimum_blockprune.batches import Batch
 from optimum_blockprune.errors import NonFiniteError, UnsupportedModelError
-from optimum_blockprune.runner import BlockOutput, BlockRunner, Counters, perplexity_of, token_nll
+from optimum_blockprune.losses import perplexity_of, token_nll
+from optimum_blockprune.runner import BlockOutput, BlockRunner, Counters
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -218,7 +220,7 @@ def test_stream_never_runs_the_head(ids: Tensor) -> None:
 def test_counters_are_what_hooks_count(family: str) -> None:
     model = tiny_model(family)
     runner = BlockRunner(model)
-    runner._learn_return_type()
+    runner._learn_form()
     blocks, heads = [0], [0]
     for block in block_list(model):
         block.register_forward_hook(lambda _, args, __: blocks.__setitem__(0, blocks[0] + len(args[0])))
@@ -287,6 +289,7 @@ def test_model_is_untouched_after_an_exception(error: type[BaseException], ids: 
     model = tiny_model("llama")
     mixed_training(model)
     runner = BlockRunner(model)
+    runner.logits(Batch(ids))  # an error of its first pass is explained, see below
 
     def fail(*_args: Any) -> None:
         raise error
@@ -388,12 +391,29 @@ def test_model_that_skips_its_own_blocks_is_refused(ids: Tensor, monkeypatch: py
     model = tiny_model("llama")
     embed = model.model.embed_tokens
 
-    class Output:
-        logits = torch.zeros(2, 12, 96)
+    def forward(input_ids: Tensor, **_settings: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=embed(input_ids))
 
-    monkeypatch.setattr(model, "forward", lambda input_ids=None, **_: embed(input_ids).sum() and Output())
+    monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(UnsupportedModelError, match="does not run the blocks"):
         BlockRunner(model).logits(Batch(ids))
+
+
+def test_model_that_does_not_run_on_made_up_tokens_is_refused(ids: Tensor) -> None:
+    model = tiny_model("llama")
+
+    def fail(*_args: Any) -> None:
+        raise RuntimeError("no tokens\n without an image")
+
+    handle = block_list(model)[1].register_forward_hook(fail)
+    before = fingerprint(model)
+    with pytest.raises(
+        UnsupportedModelError, match="'llama': its forward .* measured or proven: no tokens without an"
+    ):
+        BlockRunner(model).logits(Batch(ids))
+    assert_untouched(model, before)
+    handle.remove()
+    assert torch.equal(BlockRunner(model).logits(Batch(ids)), plain_logits(model, ids))
 
 
 # Where and in which precision

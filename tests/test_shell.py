@@ -274,13 +274,15 @@ def test_flags_that_search_are_refused_before_the_model_is_loaded(tmp_path: Path
 
 def test_models_that_are_none_are_refused(dense: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "encoder").mkdir()
-    (tmp_path / "encoder" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "config.json").write_text(
+        '{"model_type": "vit", "architectures": ["ViTForImageClassification"]}'
+    )
     for model, message in (
         (tmp_path / "empty", "cannot be loaded as a model: Unrecognized model in"),
         (tmp_path / "absent", "There is no file or folder"),
         (dense / "config.json", "is a file; give a model folder, a repo id or a .gguf file."),
-        (tmp_path / "encoder", "Model type 'bert' is not a decoder-only language model"),
+        (tmp_path / "images", "Model type 'vit' (ViTForImageClassification) is neither a language model"),
     ):
         assert message in refusal(capsys, "run", "-m", model, "--blocks", "1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -315,7 +317,7 @@ def test_a_broken_model_is_refused_by_its_block(data: Path, tmp_path: Path, caps
         (["apply", "--plan", "PLAN", "--device-map", "cpu", "OUT"], "--device-map has no effect."),
         (["apply", "--plan", "PLAN", "--tokenizer", "x", "OUT"], "--tokenizer has no effect."),
         (["apply", "--plan", "PLAN", "--gguf-file", "x.gguf", "OUT"], "prune a GGUF file with: run --blocks I,J,..."),
-        (["apply", "--plan", "OTHER", "OUT"], "The plan was made for a 'llama' model of 9 blocks; this is a 'llama'"),
+        (["apply", "--plan", "OTHER", "OUT"], "for the decoder of a 'llama' model with 9 blocks, not for"),
     ],
 )
 def test_the_other_commands_are_refused(words, message: str, dense: Path, data: Path, tmp_path: Path, capsys) -> None:

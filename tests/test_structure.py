@@ -18,15 +18,19 @@ PACKAGE = ROOT / "optimum_blockprune"
 LAYERS = (
     ("errors",),
     # values, and tools that know neither models nor configurations
-    ("environment", "plan", "recipe", "registry", "report", "saving", "stand_ins", "tensors", "text"),
-    ("architectures", "calibration", "card", "commands", "config"),
+    ("batches", "environment", "kinds", "plan", "recipe", "registry", "report", "runtimes", "saving")
+    + ("stand_ins", "table", "tensors", "text"),
+    ("card", "commands", "config", "losses", "model_rows", "names", "rules"),
+    ("calibration", "constraints"),
+    ("architectures", "measures"),
     # one live model, and what is measured on its hidden states
-    ("blocks", "loading", "measures"),
-    ("estimators", "runner", "skeleton", "surgery"),
-    ("evaluation", "gate", "strategies.base", "strategies.selection"),
+    ("blocks", "inputs", "loading"),
+    ("estimators", "runner", "skeleton", "tasks", "template"),
+    ("caching", "checking", "evaluation", "strategies.base", "strategies.selection", "surgery"),
     # strategies decide, the others execute; they meet in the plan
     (
         "choosing",
+        "gate",
         "records",
         "strategies.manual",
         "strategies.mi_prun",

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from optimum_blockprune import surgery
 from optimum_blockprune.errors import PlanError, UnsupportedModelError
+from optimum_blockprune.names import renumber_key
 from optimum_blockprune.plan import PruningPlan
-from optimum_blockprune.surgery import Journal, apply_plan, block_traits, index_attributes, provenance, renumber_key
+from optimum_blockprune.surgery import Journal, apply_plan, block_traits, provenance
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -192,7 +193,15 @@ def test_rollback_restores_everything(family: str, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["_renumber_blocks", "_cut_list", "_renumber_device_map", "_follow_generation_config", "provenance"]
+    "step",
+    [
+        "_follow_attributes",
+        "_follow_configs",
+        "_cut_list",
+        "_renumber_device_map",
+        "_follow_generation_config",
+        "provenance",
+    ],
 )
 def test_a_failing_step_undoes_the_others(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma2")
@@ -223,11 +232,11 @@ def test_journal_undoes_in_reverse_order() -> None:
 def test_refusals_leave_the_model_alone() -> None:
     model = tiny_model("llama")
     before = state_of(model)
-    with pytest.raises(PlanError, match="'llama' model of 6 blocks"):
+    with pytest.raises(PlanError, match="'llama' model with 6 blocks"):
         apply_plan(model, PruningPlan.from_removed("llama", 6, [1]))
     model.config.num_kv_shared_layers = 2
-    with pytest.raises(UnsupportedModelError, match="num_kv_shared_layers=2"):
-        apply_plan(model, plan_for(model, (1,)))
+    with pytest.raises(UnsupportedModelError, match="Keep block 2, or remove all blocks that read from it"):
+        apply_plan(model, plan_for(model, (2,)))
     del model.config.num_kv_shared_layers
     assert state_of(model) == before
 
@@ -278,46 +287,30 @@ def test_early_exit_of_the_generation_config(removed: tuple[int, ...], expected:
     assert model.generation_config.assistant_early_exit == expected
 
 
-def test_copies_of_counts_and_lists_are_refreshed() -> None:
-    model = tiny_model("gemma2")
-    model.model.num_layers = 5
-    model.model.layer_types = list(model.config.layer_types)
-    model.model.something_else = 5
-    apply_plan(model, plan_for(model, (1,)))
-    assert model.model.num_layers == 4
-    assert model.model.layer_types == model.config.layer_types
-    assert model.model.layer_types is not model.config.layer_types
-    assert model.model.something_else == 5
-
-
-# Index attributes
+# Attributes that follow
 
 
 @each_family
-def test_index_attributes_are_found(family: str) -> None:
-    found = index_attributes(block_list(tiny_model(family)))
-    assert {attribute for _, attribute in found} == {"layer_idx"}
+def test_every_block_knows_its_new_number(family: str) -> None:
+    model = tiny_model(family)
+    apply_plan(model, plan_for(model, (1, 3)))
     attention = {"gpt2": "attn", "gpt_neox": "attention", "falcon": "self_attention", "bloom": "self_attention"}
-    assert (attention.get(family, "self_attn"), "layer_idx") in found
+    name = attention.get(family, "self_attn")
+    assert [block.get_submodule(name).layer_idx for block in block_list(model)] == [0, 1, 2]
 
 
-def test_a_coincidence_is_no_index() -> None:
-    model = tiny_model("llama")
+def test_the_users_own_attributes_stay() -> None:
+    model = tiny_model("gemma2")
     for index, block in enumerate(block_list(model)):
-        block.width = 3
-        block.reverse = 4 - index
-        block.flag = bool(index)
-        block.mlp.layer_number = index
-    block_list(model)[2].only_here = 2
-    # The one block of its kind: known by the name of an attribute that is an index elsewhere.
-    block_list(model)[3].mlp.act_fn.layer_idx = 3
-    found = index_attributes(block_list(model))
-    assert found == {("self_attn", "layer_idx"), ("mlp", "layer_number"), ("mlp.act_fn", "layer_idx")}
+        block.width, block.note, block.flag = 3, index, bool(index)
+    # Another window than the one that the constructor gave this block.
+    block_list(model)[2].self_attn.sliding_window = 7
+    model.model.num_layers = 5
     apply_plan(model, plan_for(model, (1,)))
     last = block_list(model)[3]
-    assert (last.mlp.layer_number, last.width, last.reverse, last.flag) == (3, 3, 0, True)
-    assert block_list(model)[2].mlp.act_fn.layer_idx == 2
-    assert block_list(model)[1].only_here == 2
+    assert (last.note, last.width, last.flag, last.self_attn.layer_idx) == (4, 3, True, 3)
+    assert block_list(model)[1].self_attn.sliding_window == 7
+    assert model.model.num_layers == 5
 
 
 def test_traits_are_what_a_block_is_and_not_how_it_is_run() -> None:

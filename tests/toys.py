@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig
+from optimum_blockprune.batches import Batch
 
 
 NUM_BLOCKS = 6
@@ -94,6 +95,14 @@ def assert_same_weights(weights: dict[str, torch.Tensor], others: dict[str, torc
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file, hidden ones too, with what is in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TextPositions:
+    """What fakes of the runner say of text: all tokens are real but those under the mask."""
+
+    def positions(self, batch: Batch) -> torch.Tensor:
+        mask = batch.attention_mask
+        return torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..plan import PruningPlan
 if TYPE_CHECKING:
     from tqdm.auto import tqdm
 
-    from ..calibration import CalibrationWindows
+    from ..batches import CalibrationWindows
     from ..runner import BlockRunner
 
 
@@ -93,6 +93,7 @@ class PruningStrategy(ABC):
         Options: A frozen dataclass; its fields are what `strategy_options` may hold. `__post_init__` may raise
             `ConfigurationError` for impossible values.
         needs_data: Whether calibration windows must be given.
+        needs_loss: Whether the model's loss is measured; strategies that look at hidden states only leave it False.
         protect_first, protect_last: Blocks at either end that are never removed unless the user says otherwise.
     """
 
@@ -100,6 +101,7 @@ class PruningStrategy(ABC):
     unit: ClassVar[str] = "block"
     Options: ClassVar[type] = NoOptions
     needs_data: ClassVar[bool] = True
+    needs_loss: ClassVar[bool] = False
     protect_first: ClassVar[int] = 0
     protect_last: ClassVar[int] = 0
 

@@ -18,7 +18,7 @@ import torch
 from optimum.utils import logging
 from torch import Tensor
 
-from ..calibration import Batch, CalibrationWindows
+from ..batches import CalibrationWindows
 from ..errors import CalibrationError, ConfigurationError, nearest
 from ..estimators import GaussianCopula, Histogram, IdentityDecoder, RunEstimator
 from ..measures import content_mask, dpi_violation_rate, raise_non_finite
@@ -152,7 +152,7 @@ def _measure(context: SearchContext, estimator: RunEstimator) -> _Chunk:
     seen = 0
     with context.progress(windows.num_windows, "MI-PRUN") as bar:
         for batch in windows.batches(batch_size):
-            chunk.begin(sampler.choose(batch))
+            chunk.begin(sampler.choose(context.runner.positions(batch)))
             context.runner.stream(batch, chunk.visit)
             seen += len(batch.input_ids)
             bar.update(len(batch.input_ids))
@@ -186,10 +186,10 @@ class _Sampler:
         self.share = min(-(-options.max_tokens // windows.num_windows), options.chunk_tokens, windows.seqlen)
         self.windows_per_chunk = _power_of_two(options.chunk_tokens // self.share)
 
-    def choose(self, batch: Batch) -> Tensor:
-        """Flat positions in [B * S], ascending; the batches must come in order."""
-        length = batch.input_ids.shape[1]
-        chosen = [row * length + self._choose_columns(mask) for row, mask in enumerate(content_mask(batch))]
+    def choose(self, mask: Tensor) -> Tensor:
+        """Flat positions in [B * S] of a batch's real tokens `mask`, ascending; the batches must come in order."""
+        length = mask.shape[1]
+        chosen = [row * length + self._choose_columns(columns) for row, columns in enumerate(content_mask(mask))]
         return torch.cat(chosen)
 
     def _choose_columns(self, mask: Tensor) -> Tensor:

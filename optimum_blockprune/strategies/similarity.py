@@ -14,7 +14,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..calibration import Batch
 from ..errors import ConfigurationError, nearest
 from ..measures import (
     BoundaryDistance,
@@ -28,7 +27,7 @@ from ..plan import PruningPlan
 from .base import PruningStrategy, SearchContext
 
 
-TOKENS: dict[str, Callable[[Batch], Tensor]] = {"last": last_tokens, "all": real_tokens}
+TOKENS: dict[str, Callable[[Tensor], Tensor]] = {"last": last_tokens, "all": real_tokens}
 
 
 class ShortGPT(PruningStrategy):
@@ -99,13 +98,13 @@ class Angular(PruningStrategy):
 
 
 def _mean_distances(
-    context: SearchContext, measure: BoundaryDistance, tokens: Callable[[Batch], Tensor]
+    context: SearchContext, measure: BoundaryDistance, tokens: Callable[[Tensor], Tensor]
 ) -> list[float]:
     """Entry a: mean distance between boundary a and the one `gap` blocks later, over the chosen tokens."""
     windows = context.require_windows()
     with context.progress(windows.num_windows, "Similarity") as bar:
         for batch in windows.batches(context.batch_size):
-            measure.begin(tokens(batch))
+            measure.begin(tokens(context.runner.positions(batch)))
             context.runner.stream(batch, measure.visit)
             bar.update(len(batch.input_ids))
     means = measure.means()

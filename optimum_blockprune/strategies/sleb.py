@@ -11,10 +11,11 @@ from typing import ClassVar
 from optimum.utils import logging
 from torch import Tensor
 
-from ..calibration import Batch
+from ..batches import Batch
 from ..errors import ConfigurationError, NonFiniteError, nearest
+from ..losses import perplexity_of
 from ..plan import PruningPlan
-from ..runner import BlockOutput, BlockRunner, perplexity_of
+from ..runner import BlockOutput, BlockRunner
 from .base import PruningStrategy, SearchContext
 
 
@@ -62,6 +63,7 @@ class SLEB(PruningStrategy):
 
     name: ClassVar[str] = "sleb"
     Options: ClassVar[type] = SLEBOptions
+    needs_loss: ClassVar[bool] = True
     protect_first: ClassVar[int] = 1
     protect_last: ClassVar[int] = 1
 
@@ -102,7 +104,8 @@ class _Search:
         if context.options.search == "prefix":
             first = next(iter(self.windows.batches(1)))
             # A runner of its own: these few tokens are no calibration window and do not count as one.
-            BlockRunner(self.runner.model).check_replay(Batch(first.input_ids[:, :16], None))
+            runner = BlockRunner(self.runner.model, self.runner.stack.layout.stack)
+            runner.check_replay(first if first.extra else Batch(first.input_ids[:, :16]))
 
     def step(self, removed: list[int], title: str, *, with_dense: bool) -> dict[int | None, float]:
         """Returns the loss (nats per prediction) by candidate; key `None` is the model as it is, where asked."""

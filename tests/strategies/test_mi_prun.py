@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from toys import TextPositions
 from tqdm.auto import tqdm
 
-from optimum_blockprune.calibration import Batch, CalibrationWindows
+from optimum_blockprune.batches import Batch, CalibrationWindows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError
 from optimum_blockprune.estimators import GaussianCopula, IdentityDecoder
 from optimum_blockprune.strategies.base import SearchContext
@@ -28,7 +29,7 @@ from optimum_blockprune.strategies.selection import maximal_runs
 WIDTH = 16
 
 
-class FakeRunner:
+class FakeRunner(TextPositions):
     """A residual stream without a model: every token id has a vector, every block adds noise of its own size to it."""
 
     def __init__(self, sizes: list[float], *, dtype: torch.dtype = torch.float32, vocabulary: int = 4096) -> None:
@@ -168,6 +169,7 @@ def test_protected_blocks_stay(select: str) -> None:
 
 def test_no_block_is_protected_by_default() -> None:
     assert (MIPrun.protect_first, MIPrun.protect_last, MIPrun.needs_data, MIPrun.unit) == (0, 0, True, "block")
+    assert not MIPrun.needs_loss
 
 
 # --- which tokens ----------------------------------------------------------------------------------------------------

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toys import TextPositions
 from tqdm.auto import tqdm
 
-from optimum_blockprune.calibration import Batch, CalibrationWindows
+from optimum_blockprune.batches import Batch, CalibrationWindows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError
 from optimum_blockprune.strategies.base import NoOptions, SearchContext
 from optimum_blockprune.strategies.similarity import Angular, AngularOptions, ShortGPT
 
 
-class FakeRunner:
+class FakeRunner(TextPositions):
     """Two-dimensional states; block i turns them by a fixed angle, and the last token of a window by another."""
 
     def __init__(self, turns: list[float], last_turns: list[float] | None = None) -> None:
@@ -25,8 +26,7 @@ class FakeRunner:
         self.scale = [1.0] * len(turns)
 
     def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
-        mask = batch.attention_mask
-        mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
+        mask = self.positions(batch)
         last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
         angle, length = batch.input_ids.float(), 1.0
         for position, (turn, last_turn) in enumerate([(0.0, 0.0), *self.turns]):
@@ -103,6 +103,22 @@ def test_shortgpt_looks_at_directions_only() -> None:
     assert ShortGPT().select(context_for(runner, 1)).removed_blocks == (1,)
 
 
+def test_the_states_may_be_about_other_positions_than_the_tokens() -> None:
+    """An encoder of sound has frames."""
+
+    class Frames(FakeRunner):
+        def positions(self, batch: Batch) -> Tensor:
+            return torch.ones(len(batch.input_ids), 9, dtype=torch.bool)
+
+        def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
+            super().stream(Batch(torch.arange(9).expand(len(batch.input_ids), -1)), visit)
+
+    turns = [0.5, 0.1, 0.9]
+    for strategy, options in ((ShortGPT, NoOptions()), (Angular, AngularOptions()), (Angular, AngularOptions("all"))):
+        plan = strategy().select(context_for(Frames(turns), 1, options, mask=padded()))
+        assert plan.removed_blocks == (1,)
+
+
 # --- angular ---------------------------------------------------------------------------------------------------------
 
 
@@ -176,5 +192,6 @@ def test_non_finite_states_are_diagnosed(strategy: type, options: Any, bad: floa
 @pytest.mark.parametrize("strategy, options", BOTH)
 def test_data_is_required_and_nothing_protected(strategy: type, options: Any) -> None:
     assert (strategy.protect_first, strategy.protect_last, strategy.needs_data) == (0, 0, True)
+    assert not strategy.needs_loss
     with pytest.raises(CalibrationError, match="dataset"):
         strategy().select(context_for(FakeRunner([0.1, 0.2]), 1, options, windows=None))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_blockprune.calibration import CalibrationWindows
+from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
 from optimum_blockprune.plan import PruningPlan
 from optimum_blockprune.runner import BlockRunner
@@ -230,7 +230,7 @@ def test_only_removable_blocks_go(removable: tuple[int, ...], windows: Calibrati
 
 def test_ends_are_protected_by_default() -> None:
     assert (SLEB.protect_first, SLEB.protect_last) == (1, 1)
-    assert SLEB.needs_data
+    assert SLEB.needs_data and SLEB.needs_loss
     assert SLEB.name == "sleb"
 
 

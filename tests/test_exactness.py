@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep: every architecture that can be built tiny is pruned exactly or refused before any work.
+
+About forty types run by default, all of them as slow tests; `benchmarks/architectures.py` writes the outcome down.
+"""
+
+from __future__ import annotations
+
+import pytest
+from exactness import EXACT, REFUSED, SUBJECTS, WRONG, Subject, Verdict, judge, judge_files, removals
+from zoo import causal
+
+
+# One of each way in which architectures depend on their blocks.
+REDUCED = (
+    *(
+        "afmoe",
+        "bamba",
+        "bert",
+        "bloom",
+        "cohere2",
+        "deepseek_v3",
+        "dory",
+        "ernie4_5_moe",
+        "falcon_h1",
+        "gemma3n_text",
+    ),
+    *("gemma4_text", "gemma4_text#kv_shared", "glm_moe_dsa", "gpt2#inverse_layer_scaling", "gpt_neo", "gpt_oss"),
+    *("granitemoehybrid", "jamba", "lfm2", "llama4_text", "longcat_flash", "mamba", "minicpm3", "modernbert-decoder"),
+    *("nemotron_h", "qwen3_moe#sparse_step_2", "qwen3_next", "recurrent_gemma", "rwkv", "xglm", "xlnet", "zaya"),
+)
+REDUCED_OTHERS = (
+    *("gemma3", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "mistral3"),
+    *("bert", "deberta-v2", "distilbert", "modernbert", "roberta"),
+    *("bart", "t5", "whisper", "t5gemma"),
+)
+
+
+def _chosen(subject: Subject) -> bool:
+    return subject.name in (REDUCED if subject.group == "causal" else REDUCED_OTHERS)
+
+
+def _assert_exact_or_refused(verdict: Verdict) -> None:
+    assert verdict.status in (EXACT, REFUSED), verdict.reason
+    if verdict.status == REFUSED:
+        # A refusal names the type, and ends with what would be possible.
+        assert "odel type '" in verdict.reason
+        assert len(verdict.reason) > 60
+
+
+def _judge_all(subject: Subject) -> None:
+    for removed in removals(subject, subject.depth(subject.model())).values():
+        _assert_exact_or_refused(judge(subject, removed))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("subject", [each for each in SUBJECTS if _chosen(each)], ids=str)
+def test_reduced_sweep(subject: Subject) -> None:
+    _judge_all(subject)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("subject", [each for each in SUBJECTS if not _chosen(each)], ids=str)
+def test_whole_sweep(subject: Subject) -> None:
+    _judge_all(subject)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+def test_files_are_pruned_like_models(subject: Subject) -> None:
+    _assert_exact_or_refused(judge_files(subject, (3, 1)))
+
+
+def test_a_wrong_result_is_seen() -> None:
+    """The sweep itself can fail: a truth with another block silenced is not met."""
+    subject = next(each for each in SUBJECTS if each.name == "llama")
+
+    class Mistaken(Subject):
+        def silenced(self, model, off):  # noqa: ANN001, ANN202
+            return super().silenced(model, [block + 1 for block in off])
+
+    assert judge(subject, (1,)).status == EXACT
+    assert judge(Mistaken("causal", "llama"), (1,)).status == WRONG
+
+
+def test_every_type_is_in_the_zoo_or_has_a_reason() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    built = {facts["model_type"] for facts in causal.SPECIMENS.values()}
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= built | set(causal.UNBUILT)
+    assert all(len(reason) > 15 for reason in causal.UNBUILT.values())
