@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .batches import Batch
-from .inputs import GENERATED
+from .inputs import GENERATED, special_tokens
 from .runner import BlockRunner, evaluating
 
 
@@ -32,9 +32,10 @@ def cache_error(model: PreTrainedModel, batch: Batch, stack: str, *, typical: bo
     prompt = {} if two_stacks else {"input_ids": inputs.input_ids}
     if prompt:
         prompt["attention_mask"] = torch.ones_like(inputs.input_ids)
+    tokens = sorted(special_tokens(runner.stack.layout))
     with torch.no_grad(), evaluating(model), _plain_generation(model) as own:
         # Speech models wrap `generate` in one of their own that cuts and joins recordings.
-        out = GenerationMixin.generate(model, **prompt, **inputs.extra, generation_config=_greedy(own))
+        out = GenerationMixin.generate(model, **prompt, **inputs.extra, generation_config=_greedy(own, tokens))
     cached = torch.stack(out.logits, dim=1).float().cpu()
     read = Batch(out.sequences[:, :-1].cpu(), extra=batch.extra)
     whole = runner.logits(read).float().cpu()[:, -cached.shape[1] :]
@@ -60,7 +61,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[GenerationConfig | Non
         model.generation_config = own
 
 
-def _greedy(own: GenerationConfig | None) -> GenerationConfig:
+def _greedy(own: GenerationConfig | None, special: list[int]) -> GenerationConfig:
     eos = getattr(own, "eos_token_id", None)
     pad = eos[0] if isinstance(eos, (list, tuple)) else eos
     start = getattr(own, "decoder_start_token_id", None)
@@ -73,6 +74,8 @@ def _greedy(own: GenerationConfig | None) -> GenerationConfig:
         output_logits=True,
         eos_token_id=eos,
         pad_token_id=0 if pad is None else pad,
+        # A random model may write padding, from which some models count positions, or an image that is not there.
+        suppress_tokens=special or None,
         decoder_start_token_id=start,
         bos_token_id=getattr(own, "bos_token_id", None),
     )

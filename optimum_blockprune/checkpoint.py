@@ -35,7 +35,7 @@ from .errors import (
 )
 from .evaluation import size_of
 from .gate import Expectation, check_mode, expect, prove_folder, require_proof
-from .loading import load_config, load_model
+from .loading import class_for, load_config, load_model
 from .names import renumber_key
 from .plan import PLAN_FILE, PruningPlan
 from .records import record, write_records
@@ -211,7 +211,7 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
     layout = layout_for(config, plan.stack)
     layout.check(plan)
     require_proof(config, verify)
-    model, unknown = _on_meta(folder, config, layout.kind.auto_class, remote_code)
+    model, unknown = _on_meta(folder, config, class_for(config, remote_code=remote_code), remote_code)
     stack = find_blocks(model, plan.stack)
     _refuse_slices(make_template(stack, plan), layout.subject)
     lists = _block_prefix(weights.tensors, stack), stack.path

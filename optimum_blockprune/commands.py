@@ -201,7 +201,7 @@ def _info(name: str, command: type[ShellCommand]) -> CommandInfo:
 
 
 class BlockPruneCommand(BaseOptimumCLICommand):
-    """Removes transformer blocks of causal language models."""
+    """Removes transformer blocks from models."""
 
     COMMAND = CommandInfo(name="blockprune", help=__doc__)
     SUBCOMMANDS = (

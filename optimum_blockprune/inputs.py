@@ -112,13 +112,18 @@ def probe_batch(
 
 def ordinary_tokens(layout: Layout) -> Tensor:
     """Token ids that no field of the configuration names as special (padding, images, ends, ...)."""
-    vocabulary = vocabulary_of(layout)
-    special = set()
+    special = special_tokens(layout)
+    return torch.tensor([token for token in range(vocabulary_of(layout)) if token not in special])
+
+
+def special_tokens(layout: Layout) -> set[int]:
+    """Token ids that the configuration names."""
+    special: set[int] = set()
     for config in (layout.root, layout.config):
         for name, value in config.to_dict().items():
             if name.endswith(("_token_id", "_token_index", "_token_ids")):
-                special |= set(value) if isinstance(value, list) else {value}
-    return torch.tensor([token for token in range(vocabulary) if token not in special])
+                special |= {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}
+    return {token for token in special if 0 <= token < vocabulary_of(layout)}
 
 
 def positions_of(layout: Layout) -> int | None:

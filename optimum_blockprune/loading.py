@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from optimum.utils import logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .architectures import layout_for
 from .errors import BlockPruningError, ConfigurationError, UnsupportedModelError
@@ -55,8 +62,7 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     _check_dtype(kwargs.get("dtype"))
     config = load_config(path, **hub_arguments(kwargs))
     try:
-        auto_class = layout_for(config).kind.auto_class
-        model, info = auto_class.from_pretrained(
+        model, info = class_for(config, remote_code=kwargs.get("trust_remote_code", False)).from_pretrained(
             path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True
         )
     except _LOAD_ERRORS as error:
@@ -69,6 +75,13 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"as {missing[:3]}; they would be random. Get the complete checkpoint."
         )
     return dequantised(model).eval()
+
+
+def class_for(config: Any, *, remote_code: bool) -> type:
+    """What `from_pretrained` is called on: the repository's own code where it may run, else the class that is named."""
+    if remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    return layout_for(config).kind.auto_class
 
 
 def read_config(path: str | Path, **hub: Any) -> Any:

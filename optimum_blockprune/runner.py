@@ -87,7 +87,10 @@ class BlockRunner:
     @property
     def device(self) -> torch.device:
         """Where inputs go. Offloaded weights lie on `meta`; accelerate's hooks then move the inputs themselves."""
-        device = next(self.model.get_input_embeddings().parameters()).device
+        try:
+            device = next(self.model.get_input_embeddings().parameters()).device
+        except NotImplementedError:  # a model of several inputs has no one embedding
+            device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
     # --- what strategies and the gate use -------------------------------------------------------------------------

@@ -198,6 +198,8 @@ def _measure(args: Namespace, name: str, fields: dict[str, Any], baseline: Any) 
 
 
 def _continuation(pruner: BlockPruner, prompt: str) -> str:
+    if not pruner.model.can_generate():
+        raise ConfigurationError(f"--prompt: {type(pruner.model).__name__} does not generate text.")
     if pruner.tokenizer is None:
         raise ConfigurationError("--prompt needs a tokenizer: give --tokenizer MODEL.")
     ids = pruner.tokenizer(prompt, return_tensors="pt").input_ids.to(pruner.model.device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from families import random_ids
 
+from optimum_blockprune import architectures
 from optimum_blockprune.batches import CalibrationWindows
+from optimum_blockprune.table import table
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,12 @@ def threads(request: pytest.FixtureRequest) -> None:
 def ids() -> Tensor:
     """Two windows of twelve random tokens."""
     return random_ids()
+
+
+@pytest.fixture
+def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table without families: every type is accepted by its logits alone."""
+    monkeypatch.setattr(architectures, "table", lambda: replace(table(), families=frozenset()))
 
 
 @pytest.fixture

@@ -71,11 +71,12 @@ def test_layout_says_what_it_knows() -> None:
     config._name_or_path = "org/model"
     layout = layout_for(config)
     assert (layout.model_type, layout.num_blocks, layout.base_model, layout.proven) == ("qwen3", 5, "org/model", True)
-    assert not layout_of("stablelm").proven
-    assert layout_of("stablelm").base_model is None
     # A proven decoder inside a model that is not.
+    assert layout_of("gemma3n").model_type == "gemma3n_text"
+    assert not layout_of("gemma3n").proven
+    assert layout_of("gemma3n").base_model is None
     assert layout_of("llava").model_type == "llama"
-    assert not layout_of("llava").proven
+    assert layout_of("llava").proven
 
 
 def test_messages_say_which_part_of_which_model() -> None:

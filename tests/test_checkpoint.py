@@ -155,6 +155,7 @@ def test_files_may_leave_out_the_base_model_prefix(tmp_path: Path) -> None:
     assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("nothing_proven")
 def test_an_unproven_architecture_needs_logits(tmp_path: Path) -> None:
     tiny_model("stablelm").save_pretrained(tmp_path / "dense")
     refused(UnsupportedModelError, "verify='logits'", tmp_path / "dense", plan=plan_of("stablelm"))

@@ -400,6 +400,7 @@ def test_unreadable_files_are_seen(damage: Callable[[Path], Any], verify: str, t
 
 
 @pytest.mark.parametrize("model_type", ["stablelm", "olmo", "gemma"])
+@pytest.mark.usefixtures("nothing_proven")
 def test_unknown_type_needs_logits(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(gate.logger, "warning", said.append)

