@@ -40,6 +40,9 @@ class Caller:
         self._parameters = set(parameters)
         # While only the decoder is looked at, the encoder runs once per batch.
         self._keeps_encoder = self._two_stacks and layout.stack == DECODER and "encoder_outputs" in parameters
+        # What the encoder alone does not read (pixels beside text) is mixed in by the model around it.
+        reader = model.get_encoder().forward if self._keeps_encoder else model.forward
+        self._read_by_encoder = set(signature(reader).parameters)
         self._encoded: tuple[Batch, Any] | None = None
 
     def __call__(self, batch: Batch, device: torch.device) -> Tensor:
@@ -48,7 +51,7 @@ class Caller:
         masks = self._masks(inputs)
         if self._two_stacks:
             arguments = {"decoder_input_ids": inputs.input_ids, **masks, **inputs.extra}
-            if self._keeps_encoder:
+            if self._keeps_encoder and set(inputs.extra) <= self._read_by_encoder:
                 arguments |= self._encoder(batch, inputs)
         else:
             arguments = {"input_ids": inputs.input_ids, **masks, **inputs.extra}
@@ -75,9 +78,7 @@ class Caller:
 
     def _encoder(self, batch: Batch, inputs: Batch) -> dict[str, Any]:
         if self._encoded is None or self._encoded[0] is not batch:
-            accepted = set(signature(self._model.get_encoder().forward).parameters)
-            read = {name: value for name, value in inputs.extra.items() if name in accepted}
-            self._encoded = (batch, self._model.get_encoder()(**read, return_dict=True))
+            self._encoded = (batch, self._model.get_encoder()(**inputs.extra, return_dict=True))
         return {"encoder_outputs": self._encoded[1]}
 
 

@@ -78,7 +78,7 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def class_for(config: Any, *, remote_code: bool) -> type:
-    """What `from_pretrained` is called on: the repository's own code where it may run, else the class that is named."""
+    """What `from_pretrained` is called on: the repository's own code where it may run, else the named class."""
     if remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     return layout_for(config).kind.auto_class
