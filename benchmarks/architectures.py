@@ -7,7 +7,7 @@ The models and the comparison are those of the test suite (`tests/zoo`, `tests/e
 
     python benchmarks/architectures.py                    # the whole sweep; half an hour on two cores
     python benchmarks/architectures.py --page             # the page alone, from the stored results
-    python benchmarks/architectures.py --only llama t5    # prints some types, writes nothing
+    python benchmarks/architectures.py --only llama t5    # some specimens; the others stay as they were stored
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     """Runs what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", action="store_true", help="Only write the page from the stored results.")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="Only these specimens; nothing is written.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="Only these specimens; replaces their results.")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.page:
@@ -49,8 +49,10 @@ def main() -> None:
         return
     outcome = sweep(args.workers, args.only)
     if args.only:
-        sys.stdout.write(json.dumps(outcome["subjects"], indent=2) + "\n")
-        return
+        stored = json.loads(RESULTS.read_text(encoding="utf-8"))
+        if stored["versions"] != outcome["versions"]:
+            raise SystemExit("The stored results are of other versions: run the whole sweep.")
+        outcome["subjects"] = {**stored["subjects"], **outcome["subjects"]}
     RESULTS.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     write_families(outcome)
     write_page(outcome)

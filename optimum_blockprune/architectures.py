@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .constraints import Situation, protected, raise_if_broken, uncached
+from .constraints import Situation, protected, raise_if_broken, uncached, uncopied
 from .errors import PlanError, UnsupportedModelError
 from .kinds import DECODER, ENCODER, STACKS, Kind, kind_of
 from .plan import PruningPlan
@@ -94,6 +94,10 @@ class Layout:
     def uncached(self) -> str | None:
         """Why this architecture's own cache is not exact; `None` if it is, as far as the table knows."""
         return uncached(self._situation())
+
+    def uncopied(self) -> str | None:
+        """Why files of this architecture cannot be pruned without building the model; `None` if they can."""
+        return uncopied(self._situation())
 
     def protected(self, candidates: Iterable[int] | None = None) -> dict[int, str]:
         """Blocks that no search may remove, each with the reason; the others may go one by one, in any choice.

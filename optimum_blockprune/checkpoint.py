@@ -23,7 +23,7 @@ from optimum.utils import logging
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .architectures import layout_for
+from .architectures import Layout, layout_for
 from .blocks import BlockStack, find_blocks
 from .errors import (
     BlockPruningError,
@@ -213,7 +213,7 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
     require_proof(config, verify)
     model, unknown = _on_meta(folder, config, class_for(config, remote_code=remote_code), remote_code)
     stack = find_blocks(model, plan.stack)
-    _refuse_slices(make_template(stack, plan), layout.subject)
+    _refuse_cuts(make_template(stack, plan), layout)
     lists = _block_prefix(weights.tensors, stack), stack.path
     if unknown:
         logger.warning(
@@ -222,25 +222,26 @@ def _open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool
     return _Source(folder, weights, model, lists, unknown)
 
 
-def _refuse_slices(template: Template, subject: str) -> None:
-    """Files are copied tensor by tensor, not cut."""
-    for name, _ in template.sliced():
+def _refuse_cuts(template: Template, layout: Layout) -> None:
+    """Files are copied tensor by tensor: none is cut, and all numbers are those of the blocks."""
+    slices = (f"'{name}' has a slice for every block, which is not cut while copying" for name, _ in template.sliced())
+    reason = layout.uncopied() or next(slices, None)
+    if reason is not None:
         raise UnsupportedModelError(
-            f"{subject} keeps a slice for every block in '{name}', which is not cut while copying files: prune it in "
-            "memory, with BlockPruner.prune(plan=...) or `optimum-cli blockprune run --blocks ...`."
+            f"{layout.subject}: its files cannot be pruned as they are, since {reason}. Prune it in memory, with "
+            "BlockPruner.prune(plan=...) or `optimum-cli blockprune run --blocks ...`."
         )
 
 
-def _on_meta(folder: Path, config: Any, auto_class: Any, remote_code: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _on_meta(folder: Path, config: Any, kind: Any, remote_code: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Builds the dense model without its weights; also returns the stored tensors that it does not use."""
     try:
-        kind = auto_class
         if kind is AutoModelForCausalLM:
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code))
         model, info = load_skeleton(kind, folder, config, dtype=model_dtype(config))
     except Exception as error:  # transformers, safetensors and huggingface_hub have no common base class
-        raise CheckpointError(f"'{folder}' does not load as {auto_class.__name__}: {error}") from error
+        raise CheckpointError(f"'{folder}' does not load as {kind.__name__}: {error}") from error
     missing = sorted(map(str, info.get("missing_keys") or ()))
     if missing:
         raise CheckpointError(
@@ -282,8 +283,8 @@ def _block_prefix(names: Iterable[str], stack: BlockStack) -> str:
 
 def _other_prefixes(names: Iterable[str], stack: BlockStack) -> dict[str, dict[int, str]]:
     """Names under which older versions saved the blocks: as many, with the same tensors in each."""
-    parts = {name for name, _ in stack.blocks[0].named_parameters()}
-    starts = {name.removesuffix(f".0.{part}") for name in names for part in parts if name.endswith(f".0.{part}")}
+    ends = [f".0.{name}" for name, _ in stack.blocks[0].named_parameters()]
+    starts = {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}
     found = {start: _numbered(names, start) for start in starts}
     return {start: numbered for start, numbered in found.items() if set(numbered) == set(range(len(stack)))}
 

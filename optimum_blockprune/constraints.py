@@ -64,6 +64,11 @@ def uncached(situation: Situation) -> str | None:
     return next((row.reason for row in table().uncached if _applies(row, situation)), None)
 
 
+def uncopied(situation: Situation) -> str | None:
+    """Why files of this type cannot be renumbered; `None` if they can."""
+    return next((row.reason for row in table().uncopied if _applies(row, situation)), None)
+
+
 def _rows(situation: Situation) -> list[Constraint]:
     return [row for row in table().constraints if _applies(row, situation)]
 

@@ -80,7 +80,15 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     layout.check(plan)
     batch = probe_batch(model, layout)
     runner = BlockRunner(model, plan.stack)
-    logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
+    try:
+        logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{layout.subject} does not run on made-up inputs, so that nothing can be proven: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     if not torch.isfinite(logits).all():
         runner.diagnose(batch, off=plan.removed_blocks)
         raise NonFiniteError("NaN or infinity in the logits although every block's output is finite.")

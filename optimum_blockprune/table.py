@@ -48,7 +48,8 @@ class Constraint:
     """Blocks that must stay, or a model type that cannot lose any.
 
     Attributes:
-        rule: Key of `constraints.CONSTRAINTS`; `"uncached"` for types whose own cache is not exact.
+        rule: Key of `constraints.CONSTRAINTS`; `"uncached"` for types whose own cache is not exact,
+            `"uncopied"` for types whose files cannot be renumbered.
         reason: Why, in words that follow a colon.
         model_types: The types it is about; empty: every type with `field`.
         field: The configuration field that it looks at; without a set value the constraint does not apply.
@@ -87,6 +88,7 @@ class Table:
 
     families: frozenset[str]
     uncached: tuple[Constraint, ...]
+    uncopied: tuple[Constraint, ...]
     zero_padding: frozenset[str]
     counts: Mapping[str, Mapping[str, str]]
     fields: Mapping[str, FieldRule]
@@ -101,6 +103,7 @@ def table() -> Table:
     return Table(
         families=frozenset(data["families"]),
         uncached=tuple(Constraint(**_frozen(row)) for row in data["uncached"]),
+        uncopied=tuple(Constraint(**_frozen(row)) for row in data["uncopied"]),
         zero_padding=frozenset(data["zero_padding"]),
         counts=data["counts"],
         fields={name: FieldRule(name, **_frozen(row)) for name, row in data["fields"].items()},
