@@ -58,7 +58,7 @@ def choose(
     stack = find_blocks(model, recipe.stack)
     layout = stack.layout
     removable = _removable(recipe, strategy, stack)
-    num_remove = num_to_remove(model, recipe)
+    num_remove = _budget(recipe, stack, removable)
     # Whatever the choice will be, as many blocks must be able to go.
     check_plan(model, _any_choice(layout, removable, num_remove))
     windows = _calibrate(stack, recipe, tokenizer, report)
@@ -105,9 +105,12 @@ def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
         ConfigurationError: The budget cannot be met, given the protections.
     """
     stack = find_blocks(model, recipe.stack)
-    removable = _removable(recipe, get_strategy(recipe.strategy)(), stack)
+    return _budget(recipe, stack, _removable(recipe, get_strategy(recipe.strategy)(), stack))
+
+
+def _budget(recipe: Recipe, stack: BlockStack, removable: tuple[int, ...]) -> int:
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks]
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in stack.model.parameters())
     return recipe.budget_blocks(len(stack), removable, block_params=sizes, total_params=total)
 
 

@@ -85,7 +85,8 @@ def make_template(stack: BlockStack, plan: PruningPlan) -> Template:
         reread = _reread(edited, layout.subject)
         _same_fields(descend(edited, layout.place), descend(reread, layout.place), layout.subject)
         kind = type(stack.model)
-        before = _empty(kind, copy.deepcopy(layout.root), layout.subject)
+        # Read back as well: what a file does not hold (the attention implementation) must not differ between the two.
+        before = _empty(kind, _reread(layout.root, layout.subject), layout.subject)
         after = _empty(kind, reread, layout.subject)
     template = Template(stack.path, before, after, plan)
     _same_tensors(template, layout.subject)
