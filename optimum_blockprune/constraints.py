@@ -77,6 +77,7 @@ def _applies(row: Constraint, situation: Situation) -> bool:
     return bool(
         (not row.model_types or {situation.model_type, situation.root.get("model_type")} & set(row.model_types))
         and (row.field is None or is_set(situation.fields.get(row.field)))
+        and (row.unset is None or not is_set(situation.fields.get(row.unset)))
         and (row.root_field is None or is_set(situation.at_root(row.root_field)))
         and (row.rule != "refuse" or not row.values or situation.fields.get(row.field) in row.values)
         and (row.stack is None or row.stack == situation.stack)

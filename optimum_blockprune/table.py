@@ -53,6 +53,7 @@ class Constraint:
         reason: Why, in words that follow a colon.
         model_types: The types it is about; empty: every type with `field`.
         field: The configuration field that it looks at; without a set value the constraint does not apply.
+        unset: A field whose set value keeps the constraint from applying.
         root_field: The same for a value in the whole model's configuration, by its dotted path.
         values: Values of `field` that it is about.
         stack: The stack that it is about; both if `None`.
@@ -62,6 +63,7 @@ class Constraint:
     reason: str
     model_types: tuple[str, ...] = ()
     field: str | None = None
+    unset: str | None = None
     root_field: str | None = None
     values: tuple[Any, ...] = ()
     stack: str | None = None
