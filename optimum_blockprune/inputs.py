@@ -107,7 +107,8 @@ def probe_batch(
         return Batch(ids())
     read = _encoder_input(model, layout, windows, ids, generator)
     decoded = ids()
-    decoded[:, 0] = decoder_start(model)
+    # A cut vocabulary may lack the token that the configuration names.
+    decoded[:, 0] = min(decoder_start(model), vocabulary_of(layout) - 1)
     return Batch(decoded, extra=read)
 
 
