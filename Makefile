@@ -26,7 +26,7 @@ test: venv
 	$(BIN)/python -m pytest
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 # The lower end of the supported range. torch stays at the version with a CPU wheel: 2.4 would bring CUDA.
 $(MIN_INSTALLED): setup.cfg tests/minimum.txt
