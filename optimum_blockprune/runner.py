@@ -106,13 +106,26 @@ class BlockRunner:
             batch: Input windows.
             visit: Called as `visit(position, hidden)` for position 0 (input of block 0) to T (output of the last
                 block) in order; `hidden` is [B, S, d] on the device of the block, valid during the call, read-only.
+
+        Raises:
+            UnsupportedModelError: The model runs some blocks several times, so that there is no one stream.
         """
+        seen = iter(range(self.num_blocks + 1))
+
+        def in_order(position: int, hidden: Tensor) -> None:
+            if position != next(seen, None):
+                raise UnsupportedModelError(
+                    f"{self.stack.layout.subject} runs some blocks several times in one pass, so that what one does "
+                    "to the stream has no one measure. Use sleb with --strategy-option search=naive, or name blocks."
+                )
+            visit(position, hidden)
+
         self._learn_form()  # before the hooks: its probe is not part of the stream
         with self._hooks() as hook:
             enter = self.stack.blocks[0].register_forward_pre_hook
-            hook(enter(lambda _, args, kwargs: visit(0, incoming_hidden(args, kwargs)), with_kwargs=True))
+            hook(enter(lambda _, args, kwargs: in_order(0, incoming_hidden(args, kwargs)), with_kwargs=True))
             for index, block in enumerate(self.stack.blocks):
-                hook(block.register_forward_hook(_visitor(index, visit)))
+                hook(block.register_forward_hook(_visitor(index, in_order)))
             self._run(batch, (), stop=self.num_blocks - 1)
 
     def positions(self, batch: Batch) -> Tensor:
@@ -183,7 +196,7 @@ class BlockRunner:
             if not torch.allclose(self._run(batch, (), start=state), plain, rtol=1e-4, atol=1e-4, equal_nan=True):
                 raise UnsupportedModelError(
                     f"{self.stack.layout.subject}: resuming after block {block} does not give the "
-                    "model's own output, so its blocks share more than their hidden states. Use a one-pass strategy."
+                    "model's own output, so its blocks share more than their states. Use a one-pass strategy or search=naive."
                 )
 
     def diagnose(self, batch: Batch, off: Collection[int] = ()) -> None:

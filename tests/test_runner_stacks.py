@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from zoo import multimodal, other_stacks
+from zoo import causal, multimodal, other_stacks
 
 from optimum_blockprune.batches import Batch
+from optimum_blockprune.errors import UnsupportedModelError
 from optimum_blockprune.losses import token_nll
 from optimum_blockprune.runner import BlockRunner, Counters
 
@@ -135,3 +136,9 @@ def test_an_encoder_is_scored_on_its_labels_whole_or_in_parts(monkeypatch: pytes
     # One window per call of the head.
     monkeypatch.setattr("optimum_blockprune.runner._MAX_LOGITS", 1)
     assert runner.nll(batch, (1,))[0].item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_a_model_that_loops_has_no_one_stream() -> None:
+    runner = BlockRunner(causal.tiny_model("dory"))
+    with pytest.raises(UnsupportedModelError, match="'dory' runs some blocks several times"):
+        runner.stream(Batch(causal.random_ids()), lambda position, hidden: None)
