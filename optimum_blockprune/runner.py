@@ -196,8 +196,8 @@ class BlockRunner:
             if not torch.allclose(self._run(batch, (), start=state), plain, rtol=1e-4, atol=1e-4, equal_nan=True):
                 raise UnsupportedModelError(
                     f"{self.stack.layout.subject}: resuming after block {block} does not give the "
-                    "model's own output, so its blocks share more than their hidden states. Use a one-pass strategy, or "
-                    "search=naive."
+                    "model's own output, so its blocks share more than their hidden states. Use a one-pass strategy "
+                    "or search=naive."
                 )
 
     def diagnose(self, batch: Batch, off: Collection[int] = ()) -> None:
