@@ -117,7 +117,7 @@ class Layout:
         return found
 
     def changes(self, plan: PruningPlan) -> dict[str, Any]:
-        """Returns the new value of every configuration field that the plan changes, the block count included.
+        """Returns the new value of every configuration field that the plan changes, block count and widths included.
 
         Raises:
             UnsupportedModelError: A field cannot follow the plan; the message names it and what is allowed.
@@ -133,6 +133,7 @@ class Layout:
                 if rule.list_field is not None and new[rule.name] != value:
                     new[rule.list_field] = exceptions_written_out(field)
         new[self.count_field] = len(plan.kept_blocks)
+        new |= plan.width.fields()
         return {name: value for name, value in new.items() if value != value_of(self.config, name)}
 
     def edited(self, plan: PruningPlan) -> PretrainedConfig:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from .batches import Batch
-from .inputs import GENERATED, special_tokens
-from .runner import BlockRunner, evaluating
+from .inputs import GENERATED, evaluating, special_tokens
+from .runner import BlockRunner
 
 
 def cache_error(model: PreTrainedModel, batch: Batch, stack: str, *, typical: bool = False) -> float:

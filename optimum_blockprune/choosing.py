@@ -22,11 +22,13 @@ from .recipe import Recipe
 from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
-from .strategies.base import PruningStrategy, SearchContext
+from .strategies.base import Place, PruningStrategy, SearchContext, WidthTask
 from .surgery import check_plan
 from .tasks import fitted, row_inputs
 from .template import make_template
 from .text import HUB_DATASETS
+from .width_task import width_task
+from .widths import Narrowing, Width
 
 
 logger = logging.get_logger("optimum.blockprune.choosing")
@@ -39,8 +41,9 @@ def choose(
     report: PruningReport,
     *,
     base_model: str | None = None,
+    unit_scores: dict[Place, list[float]] | None = None,
 ) -> PruningPlan:
-    """Lets the strategy of `recipe` choose blocks of `model`, which is not changed.
+    """Lets the strategy of `recipe` choose what `model` loses, which is not changed.
 
     Args:
         model: The dense model.
@@ -48,6 +51,7 @@ def choose(
         tokenizer: For calibration text.
         report: Gets seconds, tokens and what the search spent.
         base_model: Name of the dense model for the plan; by default what its configuration says.
+        unit_scores: Gets the score of every unit, from strategies that remove units of width.
 
     Raises:
         BlockPruningError: The recipe, the model or the text does not fit; as much as possible before the search.
@@ -57,10 +61,15 @@ def choose(
     options = build_options(type(strategy), recipe.strategy_options or {})
     stack = find_blocks(model, recipe.stack)
     layout = stack.layout
-    removable = _removable(recipe, strategy, stack)
-    num_remove = _budget(recipe, stack, removable)
-    # Whatever the choice will be, as many blocks must be able to go.
-    check_plan(model, _any_choice(layout, removable, num_remove))
+    task, removable, num_remove = None, (), 0
+    if strategy.unit_of(options) == "width":
+        task = width_task(stack, recipe, type(strategy), options)
+        check_plan(model, _any_width(layout, task))
+    else:
+        removable = _removable(recipe, strategy, stack)
+        num_remove = _budget(recipe, stack, removable)
+        # Whatever the choice will be, as many blocks must be able to go.
+        check_plan(model, _any_choice(layout, removable, num_remove))
     windows = _calibrate(stack, recipe, tokenizer, report)
     runner = BlockRunner(model, recipe.stack)
     context = SearchContext(
@@ -72,15 +81,9 @@ def choose(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         progress=lambda total, description: tqdm(total=total, desc=description, leave=False),
-        provenance={
-            "model_type": layout.model_type,
-            "stack": layout.stack,
-            "base_model": base_model or layout.base_model,
-            "strategy": recipe.strategy,
-            "requested": recipe.requested,
-            "calibration": windows.describe() if windows is not None else None,
-            "versions": versions(),
-        },
+        provenance=_provenance(layout, recipe, windows, base_model),
+        width=task,
+        unit_scores={} if unit_scores is None else unit_scores,
     )
     with report.timed("search"):
         plan = strategy.select(context)
@@ -93,9 +96,48 @@ def choose(
     return plan
 
 
+def _provenance(
+    layout: Layout, recipe: Recipe, windows: CalibrationWindows | None, base_model: str | None
+) -> dict[str, Any]:
+    return {
+        "model_type": layout.model_type,
+        "stack": layout.stack,
+        "base_model": base_model or layout.base_model,
+        "strategy": recipe.strategy,
+        "requested": recipe.requested,
+        "calibration": windows.describe() if windows is not None else None,
+        "versions": versions(),
+    }
+
+
 def _any_choice(layout: Layout, removable: tuple[int, ...], count: int) -> PruningPlan:
     chosen = removable[len(removable) - count :]
     return PruningPlan.from_removed(layout.model_type, layout.num_blocks, chosen, stack=layout.stack)
+
+
+def _any_width(layout: Layout, task: WidthTask) -> PruningPlan:
+    """A plan of the widths that are asked for, to be tried before the search."""
+    narrowed = tuple(Narrowing(place.block, place.group, tuple(range(place.keep))) for place in task.places)
+    width = Width(task.layout, task.groups, narrowed)
+    return PruningPlan.from_removed(layout.model_type, layout.num_blocks, (), width=width, stack=layout.stack)
+
+
+def removes(recipe: Recipe) -> str:
+    """What the recipe's strategy removes: `"block"` or `"width"`."""
+    strategy = get_strategy(recipe.strategy)
+    return strategy.unit_of(build_options(strategy, recipe.strategy_options or {}))
+
+
+def score_units(
+    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[int, dict[str, list[float]]]:
+    """Score of every unit of width by block and writer; see `choose` for the errors."""
+    scores: dict[Place, list[float]] = {}
+    plan = choose(model, recipe, tokenizer, PruningReport(), unit_scores=scores)
+    found: dict[int, dict[str, list[float]]] = {}
+    for place, each in scores.items():
+        found.setdefault(place.block, {})[plan.width.groups[place.group].writer] = each
+    return found
 
 
 def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
@@ -104,6 +146,8 @@ def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
     Raises:
         ConfigurationError: The budget cannot be met, given the protections.
     """
+    if removes(recipe) == "width":
+        return 0
     stack = find_blocks(model, recipe.stack)
     return _budget(recipe, stack, _removable(recipe, get_strategy(recipe.strategy)(), stack))
 
@@ -207,9 +251,29 @@ def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> N
     """A third party's strategy may err."""
     if not isinstance(plan, PruningPlan):
         raise PlanError(f"Strategy '{strategy}' returned {type(plan).__name__}, not a PruningPlan.")
+    if context.width is not None:
+        _check_widths(plan.width, context.width, strategy)
+        return
     chosen = set(plan.removed_blocks)
-    if len(chosen) != context.num_remove or not chosen <= set(context.removable):
+    if plan.width or len(chosen) != context.num_remove or not chosen <= set(context.removable):
         raise PlanError(
             f"Strategy '{strategy}' chose {sorted(chosen)}; it was asked for {context.num_remove} of "
             f"{list(context.removable)}."
         )
+
+
+def _check_widths(width: Width, task: WidthTask, strategy: str) -> None:
+    kept = {(each.block, each.group): len(each.kept) for each in width.narrowed}
+    fixed = task.layout == "uniform"
+    wrong = [
+        place
+        for place in task.places
+        if kept.get((place.block, place.group)) != place.keep and (fixed or not place.free)
+    ]
+    if wrong or width.layout != task.layout or width.groups != task.groups:
+        raise PlanError(f"Strategy '{strategy}' did not keep to the widths that it was asked for.")
+    for family in {group.family for group in task.groups}:
+        places = [place for place in task.free if task.group_of(place).family == family]
+        asked, got = sum(place.keep for place in places), sum(kept[place.block, place.group] for place in places)
+        if got > asked:
+            raise PlanError(f"Strategy '{strategy}' keeps {got} units of the {family}; it was asked for {asked}.")

@@ -69,6 +69,8 @@ class BlockPruningConfig(BaseConfig):
         calibration_recipe: str = Recipe.calibration_recipe,
         protect_first: int | None = Recipe.protect_first,
         protect_last: int | None = Recipe.protect_last,
+        layout: str = Recipe.layout,
+        align: int = Recipe.align,
         strategy_options: dict[str, Any] | None = Recipe.strategy_options,
         **unknown: Any,
     ) -> None:
@@ -136,14 +138,15 @@ class BlockPruningConfig(BaseConfig):
         Raises:
             ConfigurationError: The plan removes nothing, or its strategy is not installed.
         """
-        if not plan.removed_blocks:
+        if not plan.removed_blocks and not plan.width:
             raise ConfigurationError("A plan that removes nothing has no configuration: every budget removes a block.")
         stack = None if plan.stack == "decoder" else plan.stack
         if plan.strategy == "manual":
             blocks = ",".join(map(str, plan.removed_blocks))
             return cls("manual", num_blocks=len(plan.removed_blocks), stack=stack, strategy_options={"blocks": blocks})
         options = dict(plan.options) or None
-        return cls(plan.strategy, **plan.requested, stack=stack, strategy_options=options, seed=plan.seed)
+        width = {"layout": plan.width.layout, "align": plan.details.get("align", 1)} if plan.width else {}
+        return cls(plan.strategy, **plan.requested, stack=stack, strategy_options=options, seed=plan.seed, **width)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from .architectures import layout_for
 from .batches import Batch, CalibrationWindows
 from .errors import ConfigurationError, NonFiniteError
-from .inputs import Caller, positions_of, vocabulary_of
+from .inputs import Caller, evaluating, positions_of, vocabulary_of
 from .losses import perplexity_of
-from .runner import BlockRunner, evaluating
+from .runner import BlockRunner
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from .blocks import find_blocks
 from .caching import cache_error, relative_error
 from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
 from .inputs import probe_batch
+from .narrowing import width_off
+from .per_layer import as_plain, narrowed_class
 from .plan import PruningPlan
 from .runner import BlockRunner
 from .skeleton import load_skeleton
@@ -81,7 +83,8 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     batch = probe_batch(model, layout)
     runner = BlockRunner(model, plan.stack)
     try:
-        logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
+        with width_off(runner.stack.blocks, plan.width):
+            logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
@@ -157,7 +160,7 @@ def prove_folder(
     expected: Expectation | None,
     verify: str = "logits",
     *,
-    stack: str | None = None,
+    plan: PruningPlan | None = None,
     extra: Collection[str] = (),
 ) -> None:
     """Raises `VerificationError` unless the checkpoint in `folder`, loaded by stock classes, is the live `model`.
@@ -167,7 +170,7 @@ def prove_folder(
         model: The pruned model it was saved from, or its like on the meta device.
         expected: From `expect`, made before the surgery; only `verify="logits"` needs it.
         verify: `"logits"`, `"keys"` or `"off"`.
-        stack: The stack that lost blocks.
+        plan: What was pruned; by default that of `expected`.
         extra: Tensors that may be in the folder although the class does not know them: the dense one had them, too.
 
     Raises:
@@ -177,10 +180,11 @@ def prove_folder(
     require_proof(model, verify)
     if verify == "off":
         return
+    plan = plan or (expected.plan if expected is not None else None)
     device = torch.device("meta") if verify == "keys" else _reload_device(model)
-    reloaded = reload(folder, model, device, extra=extra)
+    reloaded = reload(folder, model, device, plan=plan, extra=extra)
     _prove_fields(reloaded, model)
-    _prove_traits(reloaded, model, stack)
+    _prove_traits(reloaded, model, None if plan is None else plan.stack)
     if verify == "logits":
         _prove_weights(reloaded, model)
         # Other memory, other kernels: its weights, buffers and attributes are the live model's bit for bit by now.
@@ -198,13 +202,21 @@ def require_proof(model_or_config: Any, verify: str) -> None:
 
 
 def reload(
-    folder: str | Path, model: PreTrainedModel, device: torch.device | str, *, extra: Collection[str] = ()
+    folder: str | Path,
+    model: PreTrainedModel,
+    device: torch.device | str,
+    *,
+    plan: PruningPlan | None = None,
+    extra: Collection[str] = (),
 ) -> PreTrainedModel:
     """Loads `folder` with the model's own class; refuses anything but a perfect match of the keys, but for `extra`."""
     # Without it, transformers builds a model of the class's default size.
     _require((Path(folder) / "config.json").is_file(), "it has no config.json")
     # A model class from a repository's own code is passed to from_pretrained as it is: nothing is executed anew.
-    kind, settings = type(model), {"dtype": model.dtype, "attn_implementation": _attention_of(model.config)}
+    kind = type(model)
+    if plan is not None and not plan.width.loads_anywhere:
+        kind = narrowed_class(kind, plan)
+    settings = {"dtype": model.dtype, "attn_implementation": _attention_of(model.config)}
     try:
         if torch.device(device).type == "meta":
             config = kind.config_class.from_pretrained(folder, local_files_only=True)
@@ -221,7 +233,7 @@ def reload(
         if fault == "unexpected_keys":
             problems -= set(extra)
         _require(not problems, f"{fault.replace('_', ' ')} on loading: {sorted(problems)[:5]}")
-    return reloaded.eval()
+    return as_plain(reloaded, type(model)).eval()
 
 
 def _attention_of(config: PretrainedConfig) -> str | dict[str, str]:

@@ -7,6 +7,8 @@ encoder-decoder, `batch.input_ids` are the decoder's tokens, and the batch carri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
@@ -179,3 +181,15 @@ def _encoder_input(
             f"{layout.subject} reads '{name}', for which no probe can be made up, so the result cannot be proven."
         )
     return {name: torch.randn(shape, generator=generator)}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in evaluation mode; afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

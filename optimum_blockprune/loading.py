@@ -21,6 +21,8 @@ from transformers import (
 
 from .architectures import layout_for
 from .errors import BlockPruningError, ConfigurationError, UnsupportedModelError
+from .per_layer import as_plain, has_own_widths, narrowed_class
+from .plan import PruningPlan
 
 
 logger = logging.get_logger("optimum.blockprune.loading")
@@ -61,10 +63,11 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     path, kwargs = split_gguf(path, kwargs)
     _check_dtype(kwargs.get("dtype"))
     config = load_config(path, **hub_arguments(kwargs))
+    kind = class_for(config, remote_code=kwargs.get("trust_remote_code", False))
+    plan = _plan_of(path, kwargs) if has_own_widths(config) else None
+    loader = kind if plan is None else narrowed_class(kind, plan)
     try:
-        model, info = class_for(config, remote_code=kwargs.get("trust_remote_code", False)).from_pretrained(
-            path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True
-        )
+        model, info = loader.from_pretrained(path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True)
     except _LOAD_ERRORS as error:
         raise _explained(error, path) from error
     # GGUF readers skip tensors that the class computes itself; their own reports are complete.
@@ -74,7 +77,14 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"The checkpoint '{path}' ('{config.model_type}') lacks {len(missing)} tensors that the model needs, such "
             f"as {missing[:3]}; they would be random. Get the complete checkpoint."
         )
-    return dequantised(model).eval()
+    return dequantised(model if plan is None else as_plain(model, kind)).eval()
+
+
+def _plan_of(path: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan:
+    """The plan beside a model whose configuration does not say how wide its blocks are."""
+    if Path(path).is_dir():
+        return PruningPlan.from_file(Path(path) / kwargs.get("subfolder", ""))
+    return PruningPlan.from_hub(path, revision=kwargs.get("revision"), token=kwargs.get("token"))
 
 
 def class_for(config: Any, *, remote_code: bool) -> type:

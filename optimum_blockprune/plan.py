@@ -2,9 +2,9 @@
 """The pruning plan: what is kept, decided once, never changed.
 
 A plan is the only thing that passes from the strategies (which decide) to the surgery (which executes). It speaks of
-what is *kept*: for every block of the result, the original block its attention half and its MLP half come from. In
-this version the two are always the same block. A plan reads and writes no weights itself; `apply` and
-`apply_to_checkpoint` hand it to `surgery` and `checkpoint`.
+what is *kept*: for every block of the result, the original block its attention half and its MLP half come from (in
+this version the two are always the same block), and the units of width that each block keeps. A plan reads and writes
+no weights itself; `apply` and `apply_to_checkpoint` hand it to `surgery` and `checkpoint`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
+from .widths import Width, composed
 
 
 PLAN_FILE = "pruning_plan.json"
@@ -39,6 +40,7 @@ class PruningPlan:
         num_blocks: Number of blocks before pruning.
         blocks: One `BlockSource` per block of the result, in order.
         removed_blocks: Original indices of the removed blocks, in the order of removal.
+        width: The channels and heads that each kept block keeps; empty where all stay.
         stack: The stack that loses them, `"decoder"` or `"encoder"`.
         strategy: Name of the strategy that chose them; `"manual"` if the user did.
         base_model: Repo id or path of the dense model, if known.
@@ -60,6 +62,7 @@ class PruningPlan:
     num_blocks: int
     blocks: tuple[BlockSource, ...]
     removed_blocks: tuple[int, ...]
+    width: Width = Width()
     stack: str = "decoder"
     strategy: str = "manual"
     base_model: str | None = None
@@ -144,9 +147,55 @@ class PruningPlan:
         """Returns a copy with some descriptive fields replaced."""
         return replace(self, **fields)
 
+    def then(self, second: PruningPlan) -> PruningPlan:
+        """Returns the one plan for this one and another that was made for its result.
+
+        Scores, steps and details stay apart, one entry for each plan, under `details["parts"]`.
+
+        Args:
+            second: Its block and unit numbers are those of the model that this plan leaves.
+
+        Raises:
+            PlanError: The second plan is for another model, or the two widths are of no one layout.
+        """
+        theirs = (second.model_type, second.stack, second.num_blocks)
+        if theirs != (self.model_type, self.stack, len(self.blocks)):
+            raise PlanError(
+                f"The second plan is for {second.num_blocks} blocks of '{second.model_type}' ({second.stack}); the "
+                f"first leaves {len(self.blocks)} of '{self.model_type}' ({self.stack})."
+            )
+        kept = self.kept_blocks
+        gone = (*self.removed_blocks, *(kept[block] for block in second.removed_blocks))
+        parts = [part for plan in (self, second) for part in plan.parts()]
+        blocks = tuple(kept[block] for block in second.kept_blocks)
+        width = composed(self.width, second.width, kept)
+        width = composed(width, Width(), blocks)
+        return PruningPlan.from_removed(
+            self.model_type,
+            self.num_blocks,
+            gone,
+            width=width,
+            stack=self.stack,
+            strategy="+".join(part["strategy"] for part in parts),
+            base_model=self.base_model,
+            requested={},
+            details={"parts": parts},
+            calibration=self.calibration or second.calibration,
+            seed=self.seed,
+            versions=second.versions or self.versions,
+        )
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What each of the plans that were joined in this one has to say for itself; this one's own if it is one."""
+        joined = self.details.get("parts")
+        if joined is not None:
+            return list(joined)
+        names = ("strategy", "requested", "options", "scores", "steps", "details", "calibration", "seed")
+        return [{name: value for name, value in self.to_dict().items() if name in names}]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types; `from_dict` is the inverse."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps({**asdict(self), "width": self.width.to_dict()}))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
@@ -172,10 +221,11 @@ class PruningPlan:
                     **data,
                     "blocks": blocks,
                     "removed_blocks": tuple(data["removed_blocks"]),
+                    "width": Width.from_dict(data["width"]) if "width" in data else Width(),
                     "steps": tuple(data.get("steps", ())),
                 }
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"The plan is malformed: {error}.") from error
 
     def save(self, path: str | Path) -> Path:
@@ -229,3 +279,6 @@ def _validate(plan: PruningPlan) -> None:
             f"Kept blocks {list(plan.kept_blocks)} and removed blocks {list(plan.removed_blocks)} do not make up "
             f"blocks 0 to {plan.num_blocks - 1} in order."
         )
+    lost = sorted({each.block for each in plan.width.narrowed} - set(expected))
+    if lost:
+        raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")

@@ -4,31 +4,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optimum.utils import logging
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blocks import find_blocks
-from .choosing import choose, held_out_split, num_to_remove, window_spec, windows_for
+from .choosing import choose, held_out_split, num_to_remove, removes, score_units, window_spec, windows_for
 from .config import BlockPruningConfig
 from .errors import CalibrationError, ConfigurationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
-from .gate import Expectation, apply_proven, check_mode, expect, prove_folder, require_proof
+from .gate import Expectation, check_mode, prove_folder, require_proof
 from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
+from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .records import record, write_records
 from .report import PruningReport
-from .saving import atomic_folder, check_output
-from .surgery import check_plan
+from .saving import atomic_folder, check_output, restored
+from .sequence import apply_in_order
+from .surgery import Journal, check_plan
 from .tasks import fitted
 
 
 logger = logging.get_logger("optimum.blockprune")
+
+Configs = BlockPruningConfig | Sequence[BlockPruningConfig]
 
 
 class BlockPruner:
@@ -101,43 +105,79 @@ class BlockPruner:
             raise ConfigurationError(f"The model is loaded already; {', '.join(sorted(kwargs))} would be ignored.")
         return cls(model_or_path, config, _tokenizer(tokenizer, {}))
 
-    def score(self, config: BlockPruningConfig | None = None) -> dict[int, float]:
-        """Returns the strategy's score of every block it may remove, measured on the dense model.
+    def score(self, config: BlockPruningConfig | None = None) -> dict[Any, Any]:
+        """Returns the strategy's score of everything it may remove, measured on the dense model.
 
         What a score means belongs to the strategy (SLEB: mean NLL without the block, low ones go first); strategies
         that measure nothing return nothing. The model, `plan` and `report` stay as they are.
+
+        Returns:
+            Block number -> score; of strategies that remove channels and heads, block number -> name of the module
+            that they end in -> one score for each.
         """
-        recipe = replace((config or self.config).recipe, sparsity=None, target_params=None, num_blocks=1)
+        recipe = (config or self.config).recipe
+        if removes(recipe) == "width":
+            return score_units(self.model, recipe, self.tokenizer)
+        recipe = replace(recipe, sparsity=None, target_params=None, num_blocks=1)
         plan = choose(self.model, recipe, self.tokenizer, PruningReport())
         return {int(block): score for block, score in plan.scores.items()}
 
-    def make_plan(self, config: BlockPruningConfig | None = None) -> PruningPlan:
+    def make_plan(self, config: Configs | None = None) -> PruningPlan:
         """Lets the strategy choose; the model stays bit-identical. The plan is returned and kept in `plan`.
+
+        Args:
+            config: Replaces the configuration of this pruner. Of several, each chooses on what the one before leaves:
+                they are applied for that, and taken back.
 
         Raises:
             ConfigurationError: Strategy, option or budget do not fit; raised before any text is read.
             CalibrationError: The calibration text is missing, too short or does not fit the tokenizer.
             NonFiniteError: The model gives NaN or infinity on this text.
         """
-        self.config = config or self.config
-        self.plan = choose(self.model, self.config.recipe, self.tokenizer, self.report, base_model=self._source)
+        refuse_own_widths(self.model)
+        configs = self._configs(config)
+        if len(configs) == 1:
+            self._choose(configs[0])
+        else:
+            self.plan, _, journal = apply_in_order(self.model, self._makers(configs), self.report)
+            journal.rollback()
         return self.plan
+
+    def _configs(self, config: Configs | None) -> list[BlockPruningConfig]:
+        configs = list(config) if isinstance(config, (list, tuple)) else [config or self.config]
+        if not configs:
+            raise ConfigurationError("The list of configurations is empty.")
+        self.config = configs[-1]
+        return configs
+
+    def _makers(self, configs: list[BlockPruningConfig]) -> list[Callable[[], PruningPlan]]:
+        return [partial(self._choose, each, joins=number > 0) for number, each in enumerate(configs)]
+
+    def _choose(self, config: BlockPruningConfig, *, joins: bool = False) -> PruningPlan:
+        report = PruningReport() if joins else self.report
+        plan = choose(self.model, config.recipe, self.tokenizer, report, base_model=self._source)
+        if joins:
+            self.report.add_search(report)
+        else:
+            self.plan = plan  # a search is not lost with what comes after it
+        return plan
 
     def prune(
         self,
         save_dir: str | Path | None = None,
-        config: BlockPruningConfig | None = None,
+        config: Configs | None = None,
         plan: PruningPlan | None = None,
         *,
         overwrite: bool = False,
         verify: str = "logits",
     ) -> PreTrainedModel:
-        """Chooses blocks (unless a plan says which), removes them in place, proves the result and saves it.
+        """Chooses (unless a plan says what goes), removes it in place, proves the result and saves it.
 
         Args:
             save_dir: Folder for the checkpoint; nothing is written without it.
-            config: Replaces the configuration of this pruner.
-            plan: Blocks to remove; needs no data.
+            config: Replaces the configuration of this pruner. Several are carried out in order, each on what the one
+                before left: blocks first and then channels, say. They make one plan and one folder.
+            plan: What to remove; needs no data.
             overwrite: Whether `save_dir` may be replaced.
             verify: How the saved folder is proven: `"logits"`, `"keys"` (meta device) or `"off"`.
 
@@ -147,29 +187,31 @@ class BlockPruner:
         Raises:
             BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C.
         """
-        self.config = config or self.config
+        refuse_own_widths(self.model)
+        configs = self._configs(config)
         check_mode(verify)
         if plan is not None:
             check_plan(self.model, plan)
         if save_dir is not None:
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
-        plan = plan or self.make_plan()
+        if plan is None and len(configs) == 1:
+            plan = self._choose(configs[0])
         before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
-        with self.report.timed("surgery"):
-            expected = expect(self.model, plan)
-            sizes = size_of(self.model, plan.stack)
-            journal = apply_proven(self.model, plan, expected)
+        journal: Journal | None = None
         try:
-            if plan is not self.plan:
+            if plan is not None and plan is not self.plan:
                 # What an earlier search cost is not the cost of this plan.
                 self.report = PruningReport(seconds=self.report.seconds, evaluations=self.report.evaluations)
-            self.plan, self._expected = plan, expected
-            record(self.report, plan, sizes, self.model)
+            sizes = size_of(self.model, self.config.stack if plan is None else plan.stack)
+            makers = self._makers(configs) if plan is None else [lambda: plan]
+            self.plan, self._expected, journal = apply_in_order(self.model, makers, self.report)
+            record(self.report, self.plan, sizes, self.model)
             self.report.device = str(self.model.device)
             if save_dir is not None:
                 self.save_pretrained(save_dir, overwrite=overwrite, verify=verify)
         except BaseException:
-            journal.rollback()
+            if journal is not None:
+                journal.rollback()
             self._expected, self.report = before
             raise
         return self.model
@@ -226,7 +268,7 @@ class BlockPruner:
         require_proof(self.model, verify)
         with (
             self.report.timed("save"),
-            _restored(self.model.config),
+            restored(self.model.config),
             atomic_folder(save_directory, overwrite=overwrite) as folder,
         ):
             logger.info(f"Saving to '{save_directory}'")
@@ -234,8 +276,7 @@ class BlockPruner:
             for companion in (self.processor, self.tokenizer):
                 if companion is not None:
                     companion.save_pretrained(folder)
-            stack = self._expected.plan.stack
-            prove_folder(folder, self.model, self._expected, verify, stack=stack)
+            prove_folder(folder, self.model, self._expected, verify)
             self.report.verification = {"mode": verify, "passed": verify != "off"}
             write_records(
                 folder, self._expected.plan, self.report, title=Path(save_directory).name, config=self.config
@@ -296,17 +337,6 @@ class BlockPruner:
         blocks = find_blocks(self.model, self.config.stack if plan is None else plan.stack).blocks
         sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
         return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
-
-
-@contextmanager
-def _restored(config: PretrainedConfig) -> Iterator[None]:
-    """Takes back what transformers notes in the live configuration when it saves (dtype, class, code files)."""
-    before = dict(vars(config))
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(before)
 
 
 def _tokenizer(given: Any, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from .errors import ConfigurationError, nearest
+from .widths import LAYOUTS
 
 
 DEFAULT_SPARSITY = 0.2
@@ -37,7 +38,8 @@ class Recipe:
     sparsity: float | None = field(
         default=None,
         metadata={
-            "help": "Budget: fraction of the blocks to remove, between 0 and 1, rounded up to whole blocks. "
+            "help": "Budget: fraction of the blocks to remove, between 0 and 1, rounded up to whole blocks; of "
+            "strategies that remove channels and heads, the fraction of these in each block. "
             f"Without any budget: {DEFAULT_SPARSITY}."
         },
     )
@@ -99,6 +101,19 @@ class Recipe:
             "help": "Blocks at the output end that are never removed; if not given, the strategy decides.",
             "minimum": 0,
         },
+    )
+    layout: str = field(
+        default="uniform",
+        metadata={
+            "help": "How strategies that remove channels and heads shape the result: 'uniform' keeps as many in every "
+            "block, which every runtime loads; 'padded' fills up with zeros to the widest block, which saves less; "
+            "'per_layer' gives every block its own width, which only BlockPruner.load_pruned loads.",
+            "choices": LAYOUTS,
+        },
+    )
+    align: int = field(
+        default=8,
+        metadata={"help": "Channels that an MLP keeps are a multiple of this number.", "minimum": 1},
     )
     strategy_options: dict[str, Any] | None = field(
         default=None, metadata={"help": "Options of the strategy, by name; each strategy documents its own."}
@@ -219,6 +234,8 @@ def _check_texts(recipe: Recipe) -> None:
         raise ConfigurationError("dataset is an empty string; give a name or a path, or leave it out.")
     if recipe.stack not in (None, "decoder", "encoder"):
         raise ConfigurationError(f"stack must be 'decoder' or 'encoder', not {recipe.stack!r}.")
+    if recipe.layout not in LAYOUTS:
+        raise ConfigurationError(f"Unknown layout {recipe.layout!r}.{nearest(str(recipe.layout), LAYOUTS)}")
     column = recipe.dataset_text_field
     if column is not None and (not isinstance(column, str) or not column):
         raise ConfigurationError(f"dataset_text_field must be the name of a column, not {column!r}.")

@@ -70,6 +70,14 @@ class PruningReport:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
+    def add_search(self, other: PruningReport) -> None:
+        """Adds what another search cost to what this one did."""
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        for name in ("block_forwards", "naive_block_forwards", "head_forwards", "tokens"):
+            values = [value for value in (getattr(self, name), getattr(other, name)) if value is not None]
+            setattr(self, name, sum(values) if values else None)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON types; what was not measured is absent."""
         return {name: value for name, value in asdict(self).items() if value not in (None, {}, [])}

@@ -15,8 +15,8 @@ pass more between each other than their return value (`check_replay` refuses tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from .batches import Batch
 from .blocks import BlockStack, find_blocks
 from .errors import NonFiniteError, UnsupportedModelError
-from .inputs import Caller, probe_batch, vocabulary_of
+from .inputs import Caller, evaluating, probe_batch, vocabulary_of
 from .kinds import ENCODER
-from .losses import token_nll
-from .stand_ins import Bypass, Form, Replay, hidden_of, incoming_hidden, learn_form, map_tensors
+from .losses import head_rows, token_nll
+from .stand_ins import Bypass, Form, Replay, exchanged, hidden_of, hooks, incoming_hidden, learn_form, rows_of
 
 
-# Logits of one head call: 2**26 values are 256 MiB in float32. One window is the least that a call can score.
-_MAX_LOGITS = 2**26
 # Blocks of two kinds may return their streams differently; a second stream may begin after the first block.
 _LEARNED_BLOCKS = 3
 
@@ -121,12 +119,35 @@ class BlockRunner:
             visit(position, hidden)
 
         self._learn_form()  # before the hooks: its probe is not part of the stream
-        with self._hooks() as hook:
+        with hooks() as hook:
             enter = self.stack.blocks[0].register_forward_pre_hook
             hook(enter(lambda _, args, kwargs: in_order(0, incoming_hidden(args, kwargs)), with_kwargs=True))
             for index, block in enumerate(self.stack.blocks):
                 hook(block.register_forward_hook(_visitor(index, in_order)))
             self._run(batch, (), stop=self.num_blocks - 1)
+
+    def observe(
+        self,
+        batch: Batch,
+        visits: Mapping[nn.Module, Callable[[Tensor, Any], None]],
+        *,
+        start: BlockOutput | None = None,
+        stop: int | None = None,
+    ) -> BlockOutput:
+        """Runs blocks once, without the head, and shows what goes into some modules and what comes out.
+
+        Args:
+            batch: Input windows.
+            visits: Called as `visit(input, output)` whenever the module has run; both are valid during the call only.
+            start: The block output to start after; the embeddings without it.
+            stop: The last block to run; the last one of all unless given.
+        """
+        self._learn_form()
+        stop = self.num_blocks - 1 if stop is None else stop
+        with hooks() as hook:
+            for module, visit in visits.items():
+                hook(module.register_forward_hook(_observer(visit), with_kwargs=True))
+            return self.run_to(batch, stop, start=start)
 
     def positions(self, batch: Batch) -> Tensor:
         """Bool [B, S] on the CPU: the tokens of the stack that are not padding, in the shape of its hidden states.
@@ -143,6 +164,20 @@ class BlockRunner:
         matches = mask is not None and tuple(mask.shape) == shape
         return mask.cpu().bool() if matches else torch.ones(shape, dtype=torch.bool)
 
+    def arguments_of(self, block: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model calls a block with, on made-up tokens."""
+        self._learn_form()
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append((args, kwargs))
+            raise _EndOfRun
+
+        with torch.no_grad(), hooks() as hook, suppress(_EndOfRun):
+            hook(self.stack.blocks[block].register_forward_pre_hook(enter, with_kwargs=True))
+            self._forward(probe_batch(self.model, self.stack.layout))
+        return seen[0]
+
     def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
         """[B, S] of the stack's hidden states; runs what lies before the first block."""
         self._learn_form()
@@ -152,7 +187,7 @@ class BlockRunner:
             seen.append(tuple(incoming_hidden(args, kwargs).shape[:2]))
             raise _EndOfRun
 
-        with torch.no_grad(), self._hooks() as hook, suppress(_EndOfRun):
+        with torch.no_grad(), hooks() as hook, suppress(_EndOfRun):
             hook(self.stack.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
             self._forward(batch)
         return seen[0]
@@ -176,8 +211,8 @@ class BlockRunner:
         reached = start if start is not None and start.block >= last else self.run_to(batch, last, off, start)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
-        for rows, part in self._head_rows(batch):
-            state = BlockOutput(self.num_blocks - 1, _rows_of(reached.value, rows, len(batch.input_ids)))
+        for rows, part in head_rows(batch, vocabulary_of(self.stack.layout)):
+            state = BlockOutput(self.num_blocks - 1, rows_of(reached.value, rows, len(batch.input_ids)))
             loss, predictions = token_nll(self._run(part, (), start=state), part)
             total += loss.to(total.device)
             count += predictions
@@ -237,7 +272,7 @@ class BlockRunner:
             reached.append(output)
             raise _EndOfRun
 
-        with self._stand_ins(set(range(self.num_blocks)) - set(live), start), self._hooks() as hook:
+        with self._exchanged(live, start), hooks() as hook:
             if stop is not None:
                 hook(self.stack.blocks[stop].register_forward_hook(finish))
             try:
@@ -249,6 +284,14 @@ class BlockRunner:
             return reached[0]
         self.counters.head_forwards += len(batch.input_ids)
         return output
+
+    def _exchanged(self, live: list[int], start: BlockOutput | None) -> AbstractContextManager[None]:
+        others: dict[int, nn.Module] = {}
+        for block in set(range(self.num_blocks)) - set(live):
+            original = self.stack.blocks[block]
+            resumes = start is not None and block == start.block
+            others[block] = Replay(original, start.value) if resumes else Bypass(original, self._form)
+        return exchanged(self.stack.blocks, others)
 
     def _forward(self, batch: Batch) -> Tensor:
         with evaluating(self.model):
@@ -267,7 +310,7 @@ class BlockRunner:
             if len(outputs) == min(_LEARNED_BLOCKS, self.num_blocks):
                 raise _EndOfRun
 
-        with torch.no_grad(), self._hooks() as hook:
+        with torch.no_grad(), hooks() as hook:
             for block in self.stack.blocks:
                 hook(block.register_forward_hook(leave, with_kwargs=True))
             try:
@@ -290,51 +333,6 @@ class BlockRunner:
             )
         self._form = learn_form(outputs, arguments)
 
-    def _head_rows(self, batch: Batch) -> Iterator[tuple[slice, Batch]]:
-        windows, length = batch.input_ids.shape
-        step = max(1, _MAX_LOGITS // (length * vocabulary_of(self.stack.layout)))
-        if step >= windows:
-            yield slice(0, windows), batch
-            return
-        for row in range(0, windows, step):
-            yield slice(row, row + step), batch.rows(slice(row, row + step))
-
-    @contextmanager
-    def _stand_ins(self, idle: set[int], start: BlockOutput | None) -> Iterator[None]:
-        """Exchanges idle blocks in the model's list; the blocks themselves are not touched."""
-        entries = self.stack.blocks._modules
-        originals = dict(entries)
-        try:
-            for block in idle:
-                if start is not None and block == start.block:
-                    entries[str(block)] = Replay(originals[str(block)], start.value)
-                else:
-                    entries[str(block)] = Bypass(originals[str(block)], self._form)
-            yield
-        finally:
-            entries.update(originals)
-
-    @contextmanager
-    def _hooks(self) -> Iterator[Callable[[Any], None]]:
-        handles: list[Any] = []
-        try:
-            yield handles.append
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model in evaluation mode; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
 
 def _visitor(index: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -343,6 +341,8 @@ def _visitor(index: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.M
     return hook
 
 
-def _rows_of(value: Any, rows: slice, windows: int) -> Any:
-    """The given windows of a stored output; tensors without a window dimension are passed on whole."""
-    return map_tensors(value, lambda tensor: tensor[rows] if tensor.shape[:1] == (windows,) else tensor)
+def _observer(visit: Callable[[Tensor, Any], None]) -> Callable[[nn.Module, Any, Any, Any], None]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        visit(args[0] if args else next(iter(kwargs.values())), output)
+
+    return hook

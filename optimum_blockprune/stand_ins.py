@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,29 @@ class Replay(_StandIn):
         return map_tensors(self._value, Tensor.clone)
 
 
+@contextmanager
+def exchanged(blocks: nn.ModuleList, others: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Exchanges entries of a block list; the blocks themselves are not touched."""
+    entries = blocks._modules
+    originals = dict(entries)
+    try:
+        entries.update((str(block), other) for block, other in others.items())
+        yield
+    finally:
+        entries.update(originals)
+
+
+@contextmanager
+def hooks() -> Iterator[Callable[[Any], None]]:
+    """Collects handles of hooks and removes them at the end."""
+    handles: list[Any] = []
+    try:
+        yield handles.append
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def learn_form(outputs: Sequence[Any], arguments: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> Form:
     """Finds out from one run how blocks return and receive their streams.
 
@@ -101,6 +125,11 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(item, function) for item in value)
     return value
+
+
+def rows_of(value: Any, rows: slice, windows: int) -> Any:
+    """The given windows of a stored output; tensors without a window dimension are passed on whole."""
+    return map_tensors(value, lambda tensor: tensor[rows] if tensor.shape[:1] == (windows,) else tensor)
 
 
 def _argument(name: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import set_fields
 from .blocks import BlockStack, find_blocks
+from .errors import UnsupportedModelError
 from .names import renumber_key
+from .narrowing import narrow
 from .plan import PruningPlan
 from .table import SlicedTensor
 from .template import RUN_SETTINGS, Template, make_template, merged_attributes
@@ -40,6 +42,10 @@ class Journal:
         else:
             self._undo.append(partial(_restore, target, name, getattr(target, name, _ABSENT)))
         setattr(target, name, value)
+
+    def extend(self, later: Journal) -> None:
+        """Takes over what another journal remembers of changes that were made after its own."""
+        self._undo += later._undo
 
     def rollback(self) -> None:
         """Restores every value; may be called once."""
@@ -72,8 +78,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
     1. The configuration follows the table's rules, copies of it in inner modules follow the template.
     2. Every attribute that depends on a block's number or on the depth follows the template.
     3. Weights outside the blocks that have a slice per block lose slices.
-    4. The block list keeps its identity and loses entries.
-    5. The device map is renumbered; hooks stay on their modules.
+    4. Kept blocks lose units of width: their tensors are copied without them.
+    5. The block list keeps its identity and loses entries.
+    6. The device map is renumbered; hooks stay on their modules.
 
     Returns:
         The journal that takes all of it back.
@@ -91,26 +98,28 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
         _follow_configs(stack, template, journal)
         for name, row in template.sliced():
             _cut_slices(model.get_submodule(name), row, plan, journal)
+        _narrow_blocks(stack, plan, journal)
         _cut_list(stack, plan, journal)
         _renumber_device_map(stack, plan, journal)
         _follow_generation_config(model, plan, journal)
-        journal.set(model.config, "block_pruning", provenance(plan, model.config))
+        earlier = getattr(model.config, "block_pruning", None)
+        journal.set(model.config, "block_pruning", provenance(plan, earlier))
     except BaseException:
         journal.rollback()
         raise
     return journal
 
 
-def provenance(plan: PruningPlan, config: Any) -> dict[str, Any]:
+def provenance(plan: PruningPlan, previous: dict[str, Any] | None) -> dict[str, Any]:
     """The inert `block_pruning` entry of `config.json`; an earlier one is kept under `previous`."""
     entry: dict[str, Any] = {
         "strategy": plan.strategy,
         "removed_blocks": list(plan.removed_blocks),
         "num_blocks": plan.num_blocks,
+        **({"layout": plan.width.layout, "units": plan.width.totals()} if plan.width else {}),
         "base_model": plan.base_model,
         "versions": dict(plan.versions),
     }
-    previous = getattr(config, "block_pruning", None)
     return {**entry, "previous": previous} if previous else entry
 
 
@@ -148,6 +157,26 @@ def _cut_slices(module: nn.Module, row: SlicedTensor, plan: PruningPlan, journal
     kept = torch.cat([parts[block] for block in plan.kept_blocks], dim=row.axis)
     journal.set(module, "weight", nn.Parameter(kept, requires_grad=weight.requires_grad))
     journal.set(module, row.attribute, kept.shape[row.axis])
+
+
+def _narrow_blocks(stack: BlockStack, plan: PruningPlan, journal: Journal) -> None:
+    """The dense tensors live on in the journal until the result is proven."""
+    width = plan.width
+    for each in width.narrowed:
+        group, block = width.groups[each.group], stack.blocks[each.block]
+        if len(each.kept) == group.units == width.stored(each):
+            continue
+        _refuse_offloaded(stack, block)
+        narrow(block, group, each.kept, width.stored(each), journal.set, own_config=not width.loads_anywhere)
+
+
+def _refuse_offloaded(stack: BlockStack, block: nn.Module) -> None:
+    """The weights of an offloaded block lie elsewhere, where they cannot be cut."""
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in block.modules()):
+        raise UnsupportedModelError(
+            f"{stack.layout.subject}: weights that are offloaded cannot be narrowed. Load the model on a device, or "
+            "apply the plan to the files: plan.apply_to_checkpoint(src, dst), `optimum-cli blockprune apply`."
+        )
 
 
 def _cut_list(stack: BlockStack, plan: PruningPlan, journal: Journal) -> None:

@@ -96,6 +96,7 @@ class Table:
     fields: Mapping[str, FieldRule]
     constraints: tuple[Constraint, ...]
     tensors: tuple[SlicedTensor, ...]
+    widths: Mapping[str, tuple[str, ...]]
 
 
 @cache
@@ -111,6 +112,7 @@ def table() -> Table:
         fields={name: FieldRule(name, **_frozen(row)) for name, row in data["fields"].items()},
         constraints=tuple(Constraint(**_frozen(row)) for row in data["constraints"]),
         tensors=tuple(SlicedTensor(**row) for row in data["tensors"]),
+        widths={name: tuple(fields) for name, fields in data["widths"].items()},
     )
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from .architectures import descend
 from .blocks import BlockStack
-from .errors import UnsupportedModelError
+from .errors import PlanError, UnsupportedModelError
 from .names import renumber_key
 from .plan import PruningPlan
 from .table import SlicedTensor, table
@@ -81,13 +81,13 @@ def make_template(stack: BlockStack, plan: PruningPlan) -> Template:
     layout = stack.layout
     _refuse_lost_padding(stack)
     edited = layout.edited(plan)
-    with _quiet():
-        reread = _reread(edited, layout.subject)
-        _same_fields(descend(edited, layout.place), descend(reread, layout.place), layout.subject)
+    with quiet():
+        read = reread(edited, layout.subject)
+        _same_fields(descend(edited, layout.place), descend(read, layout.place), layout.subject)
         kind = type(stack.model)
         # Read back as well: what a file does not hold (the attention implementation) must not differ between the two.
-        before = _empty(kind, _reread(layout.root, layout.subject), layout.subject)
-        after = _empty(kind, reread, layout.subject)
+        before = empty_model(kind, reread(layout.root, layout.subject), layout.subject)
+        after = empty_model(kind, read, layout.subject)
     template = Template(stack.path, before, after, plan)
     _same_tensors(template, layout.subject)
     _same_lists(template, layout.subject)
@@ -132,7 +132,8 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or (one != one and other != other))
 
 
-def _reread(config: PretrainedConfig, subject: str) -> PretrainedConfig:
+def reread(config: PretrainedConfig, subject: str) -> PretrainedConfig:
+    """The configuration as its class gives it back from a file."""
     try:
         return type(config).from_dict(copy.deepcopy(config.to_dict()))
     except Exception as error:  # configuration classes check their fields in many ways
@@ -152,7 +153,8 @@ def _same_fields(written: PretrainedConfig, read: PretrainedConfig, subject: str
             )
 
 
-def _empty(kind: type[PreTrainedModel], config: PretrainedConfig, subject: str) -> PreTrainedModel:
+def empty_model(kind: type[PreTrainedModel], config: PretrainedConfig, subject: str) -> PreTrainedModel:
+    """The model without weights."""
     try:
         with torch.device("meta"):
             return kind(config)
@@ -166,6 +168,7 @@ def _same_tensors(template: Template, subject: str) -> None:
     """Every kept block must be what the pruned configuration builds in its place, tensor by tensor."""
     old = {name: tensor.shape for name, tensor in template.before.state_dict().items()}
     new = {name: tensor.shape for name, tensor in template.after.state_dict().items()}
+    old |= _cut_shapes(template, old, subject)
     kept = {renumber_key(name, template.path, template.plan): shape for name, shape in old.items()}
     kept.pop(None, None)
     for name, row in template.sliced():
@@ -176,6 +179,27 @@ def _same_tensors(template: Template, subject: str) -> None:
     wrong = sorted(name for name in kept.keys() | new.keys() if kept.get(name) != new.get(name))
     if wrong:
         raise UnsupportedModelError(f"{subject} cannot lose these blocks exactly: {_mismatch(wrong[0], kept, new)}")
+
+
+def _cut_shapes(template: Template, shapes: Mapping[str, torch.Size], subject: str) -> dict[str, torch.Size]:
+    """Shapes of the tensors that lose units, under their old names.
+
+    Where every block has its own width, no configuration describes the result: the template has the dense widths.
+    """
+    width, found = template.plan.width, {}
+    for narrowing in width.narrowed:
+        group = width.groups[narrowing.group]
+        for cut in group.tensors:
+            name = f"{template.path}.{narrowing.block}.{cut.name}"
+            shape = list(shapes.get(name, ()))
+            if len(shape) <= cut.axis or shape[cut.axis] != cut.size(group.units):
+                raise PlanError(
+                    f"{subject}: the plan cuts '{name}' into {group.units} units along axis {cut.axis}, which does "
+                    f"not fit its shape {shape}; it was made for another model."
+                )
+            shape[cut.axis] = cut.size(width.stored(narrowing))
+            found[name] = torch.Size(shape)
+    return found if width.loads_anywhere else {}
 
 
 def _same_lists(template: Template, subject: str) -> None:
@@ -209,7 +233,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Trial configurations are no news to the user."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files as byte ranges: read what lies where, rename, copy. No tensor is ever built.
+"""Safetensors files as byte ranges: read what lies where, rename, cut, copy. No tensor is ever built.
 
 `save_file` of the library takes a whole file's tensors in memory, which is what a checkpoint larger than the memory
 does not allow; so the files are written here. Reading trusts the library: `safe_open` checks the header (offsets,
@@ -14,11 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
+from .cuts import Cut
 from .errors import CheckpointError
 
 
@@ -33,7 +36,18 @@ _BUFFER_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its name, and the byte range that holds it."""
+    """One tensor of a file: its name, and the byte range that holds it.
+
+    Attributes:
+        name: Its name.
+        dtype: As the header spells it (`BF16`).
+        shape: After the cut, if there is one.
+        file: The file.
+        start: Where the range begins in the file.
+        num_bytes: Size of the tensor, after the cut.
+        cut: Which part of the range makes up the tensor; `None` for all of it.
+        stored_shape: The shape in the file, where `cut` has changed it.
+    """
 
     name: str
     dtype: str
@@ -41,25 +55,54 @@ class StoredTensor:
     file: Path
     start: int
     num_bytes: int
+    cut: Cut | None = None
+    stored_shape: tuple[int, ...] | None = None
 
     @property
     def element_bits(self) -> int:
         """Size of an element; 0 for a tensor without elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
+        count = prod(self.shape)
         return self.num_bytes * 8 // count if count else 0
+
+    def cut_to(self, cut: Cut) -> StoredTensor:
+        """Returns the part of the tensor that `cut` keeps.
+
+        Raises:
+            CheckpointError: The cut does not fit, the tensor was cut before, or its elements cannot be told apart.
+        """
+        if self.cut is not None:
+            raise CheckpointError(f"Tensor '{self.name}' was cut already; make one cut of the two.")
+        cut.check(self.shape, self.name)
+        shape = cut.shape(self.shape)
+        if self.element_bits % 8:
+            raise CheckpointError(
+                f"Tensor '{self.name}' cannot be cut: its {self.dtype} elements share bytes ({self.element_bits} bits "
+                "each)."
+            )
+        if prod(shape) and not self.element_bits:
+            raise CheckpointError(f"Tensor '{self.name}' of shape {list(self.shape)} has no elements to cut from.")
+        num_bytes = prod(shape) * self.element_bits // 8
+        return replace(self, shape=shape, num_bytes=num_bytes, cut=cut, stored_shape=self.shape)
 
     def chunks(self, source: BinaryIO, buffer: memoryview) -> Iterator[memoryview]:
         """Reads the tensor's bytes from its open file through `buffer`; each chunk is valid until the next."""
-        source.seek(self.start)
-        left = self.num_bytes
-        while left:
-            count = source.readinto(buffer[: min(left, len(buffer))])
+        read = partial(self._read, source)
+        if self.cut is not None and self.stored_shape is not None:
+            yield from self.cut.chunks(self.stored_shape, self.element_bits // 8, read=read, buffer=buffer)
+            return
+        for offset in range(0, self.num_bytes, len(buffer)):
+            chunk = buffer[: self.num_bytes - offset]
+            read(offset, chunk)
+            yield chunk
+
+    def _read(self, source: BinaryIO, offset: int, target: memoryview) -> None:
+        """Fills `target` with the bytes of the range from `offset` on."""
+        source.seek(self.start + offset)
+        while target:
+            count = source.readinto(target)
             if not count:
                 raise CheckpointError(f"'{self.file}' ends inside tensor '{self.name}': it changed while being read.")
-            yield buffer[:count]
-            left -= count
+            target = target[count:]
 
 
 @dataclass(frozen=True)
@@ -92,14 +135,29 @@ class StoredWeights:
         """Size of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
-    def renamed(self, rename: Callable[[str], str | None]) -> StoredWeights:
-        """Returns the same byte ranges under new names; `None` drops a tensor, and a file that is left empty goes."""
+    def renamed(
+        self, rename: Callable[[str], str | None], cut: Callable[[str], Cut | None] = lambda name: None
+    ) -> StoredWeights:
+        """Returns the same byte ranges, or parts of them, under new names.
+
+        Args:
+            rename: The new name for an old one; `None` drops the tensor, and a file that is left empty goes.
+            cut: What is kept of the tensor with this old name; `None` leaves it as it is.
+
+        Raises:
+            CheckpointError: A cut does not fit its tensor; see `StoredTensor.cut_to`.
+        """
         shards = []
         for shard in self.shards:
-            names = [(rename(tensor.name), tensor) for tensor in shard.tensors]
-            kept = tuple(replace(tensor, name=name) for name, tensor in names if name is not None)
+            kept = []
+            for tensor in shard.tensors:
+                name = rename(tensor.name)
+                if name is not None:
+                    part = cut(tensor.name)
+                    # Cut under its old name: an error names what the user finds in the file.
+                    kept.append(replace(tensor if part is None else tensor.cut_to(part), name=name))
             if kept:
-                shards.append(Shard(kept, shard.metadata))
+                shards.append(Shard(tuple(kept), shard.metadata))
         return StoredWeights(tuple(shards), self.index)
 
 
@@ -169,8 +227,20 @@ def _same(one: StoredTensor, other: StoredTensor, buffers: tuple[memoryview, mem
     if (one.dtype, one.shape, one.num_bytes) != (other.dtype, other.shape, other.num_bytes):
         return False
     with one.file.open("rb") as left, other.file.open("rb") as right:
-        pairs = zip(one.chunks(left, buffers[0]), other.chunks(right, buffers[1]), strict=True)
-        return all(chunk == twin for chunk, twin in pairs)
+        return _same_bytes(one.chunks(left, buffers[0]), other.chunks(right, buffers[1]))
+
+
+def _same_bytes(left: Iterator[memoryview], right: Iterator[memoryview]) -> bool:
+    """Whether two streams agree, wherever each is split: a cut tensor has other chunks than its copy."""
+    one = other = memoryview(b"")
+    while True:
+        one, other = one or next(left, one), other or next(right, other)
+        count = min(len(one), len(other))
+        if not count:
+            return not one and not other
+        if one[:count] != other[:count]:
+            return False
+        one, other = one[count:], other[count:]
 
 
 def _read_shard(file: Path) -> Shard:

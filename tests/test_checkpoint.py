@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_blockprune import BlockPruningConfig, checkpoint, tensors
+from optimum_blockprune import BlockPruningConfig, checkpoint, source, tensors
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.checkpoint import apply_to_checkpoint
 from optimum_blockprune.errors import (
@@ -333,15 +333,15 @@ def test_blocks_under_an_unknown_name_are_refused(llama: Path) -> None:
     # Without its tensors being found the model would be incomplete, which is said first; this asks the finder.
     stack = find_blocks(load(llama))
     with pytest.raises(UnsupportedModelError, match="nowhere under model.layers or layers"):
-        checkpoint._block_prefix(["blocks.0.weight"], stack)
+        source._block_prefix(["blocks.0.weight"], stack)
     with pytest.raises(UnsupportedModelError, match="under model.layers and layers at once"):
-        checkpoint._block_prefix(["layers.0.weight", "model.layers.1.weight"], stack)
+        source._block_prefix(["layers.0.weight", "model.layers.1.weight"], stack)
     with pytest.raises(UnsupportedModelError, match=r"no tensors of \[1, 3, 4\]"):
-        checkpoint._block_prefix(["layers.0.weight", "layers.2.weight"], stack)
+        source._block_prefix(["layers.0.weight", "layers.2.weight"], stack)
 
 
 def test_places_that_are_no_checkpoint(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: pytest.fail("went to the network"))
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: pytest.fail("went to the network"))
     refused(CheckpointError, "There is no folder", llama.parent / "absent")
     refused(CheckpointError, "is a file; give the folder", llama / "model.safetensors")
     refused(CheckpointError, "has no folder 'sub'", llama, subfolder="sub")
@@ -501,7 +501,7 @@ def test_a_repository_is_fetched_without_other_weights(
             shutil.copy(sharded / name, tmp_path / "cache" / name)
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(source, "snapshot_download", download)
     apply_to_checkpoint(plan_of(), "someone/llama", tmp_path / "pruned", revision="v1", token=None)
     assert calls == [("someone/llama", {"revision": "v1"})] * 2
     assert raw(tmp_path / "pruned") == renamed(raw(tmp_path / "cache"), "model.layers")

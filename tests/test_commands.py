@@ -92,6 +92,8 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
         "calibration_recipe": "sleb",
         "protect_first": 1,
         "protect_last": 2,
+        "layout": "padded",
+        "align": 16,
     }
     words = [*words_for(typed), "--use-chat-template", "--strategy-option", "a=1", "--strategy-option", "b=x=y"]
     expected = {**typed, "use_chat_template": True, "strategy_options": {"a": "1", "b": "x=y"}}

@@ -118,7 +118,7 @@ def test_a_path_is_written_as_text() -> None:
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("sparsitty", "Did you mean 'sparsity'"), ("num_sample", "'num_samples'"), ("top_k", "Available: batch_size")],
+    [("sparsitty", "Did you mean 'sparsity'"), ("num_sample", "'num_samples'"), ("top_k", "Available: align")],
 )
 def test_unknown_fields_raise(name, suggestion) -> None:
     for build in (lambda: BlockPruningConfig(**{name: 1}), lambda: BlockPruningConfig.from_dict({name: 1})):

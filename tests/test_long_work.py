@@ -31,7 +31,7 @@ SEARCHING = [
 ]
 # Where prune(save_dir) can be broken off: names that are looked up at that moment.
 STAGES = {
-    "expectation": "optimum_blockprune.pruner.expect",
+    "expectation": "optimum_blockprune.sequence.expect",
     "surgery": "optimum_blockprune.surgery._cut_list",
     "device map": "optimum_blockprune.surgery._renumber_device_map",
     "proof in memory": "optimum_blockprune.gate._prove_logits",

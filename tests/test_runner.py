@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from optimum_blockprune import runner as runner_module
+from optimum_blockprune import losses
 from optimum_blockprune.batches import Batch
 from optimum_blockprune.errors import NonFiniteError, UnsupportedModelError
 from optimum_blockprune.losses import perplexity_of, token_nll
@@ -176,7 +176,7 @@ def test_head_in_row_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> Non
     forward = runner._forward
     monkeypatch.setattr(runner, "_forward", lambda part: calls.append(len(part.input_ids)) or forward(part))
     for limit, sizes in ((2 * 12 * 96, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(runner_module, "_MAX_LOGITS", limit)
+        monkeypatch.setattr(losses, "_MAX_LOGITS", limit)
         calls.clear()
         loss, predictions = runner.nll(batch)
         assert calls == [5, *sizes]

@@ -134,7 +134,7 @@ def test_an_encoder_is_scored_on_its_labels_whole_or_in_parts(monkeypatch: pytes
     assert count == same == int((labels != -100).sum())
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     # One window per call of the head.
-    monkeypatch.setattr("optimum_blockprune.runner._MAX_LOGITS", 1)
+    monkeypatch.setattr("optimum_blockprune.losses._MAX_LOGITS", 1)
     assert runner.nll(batch, (1,))[0].item() == pytest.approx(total.item(), rel=1e-6)
 
 

@@ -228,8 +228,8 @@ def test_the_lost_embedding_of_a_padding_token_is_refused() -> None:
 
 def test_trial_configurations_are_no_news() -> None:
     level = transformers.utils.logging.get_verbosity()
-    with template_module._quiet():
+    with template_module.quiet():
         assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.ERROR
-    with pytest.raises(KeyError), template_module._quiet():
+    with pytest.raises(KeyError), template_module.quiet():
         raise KeyError
     assert transformers.utils.logging.get_verbosity() == level

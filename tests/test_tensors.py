@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from optimum_blockprune import tensors
+from optimum_blockprune.cuts import ZEROS, Cut
 from optimum_blockprune.errors import CheckpointError
 from optimum_blockprune.tensors import (
     INDEX_FILE,
     WEIGHTS_FILE,
+    StoredTensor,
+    StoredWeights,
     difference,
     read_weights,
     shard_names,
@@ -153,6 +157,167 @@ def test_a_source_that_shrinks_while_it_is_read(single: Path, tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="changed while being read"):
         write_weights(weights, tmp_path, num_parameters=0)
+
+
+# --- cutting -------------------------------------------------------------------------------------------------------
+
+CUT_SHAPES = {"line": (11,), "matrix": (9, 14), "stack": (3, 8, 5)}
+CUT_INDICES = {
+    "some": lambda size: (0, *range(2, size - 1)),
+    "none": lambda size: (),
+    "padded": lambda size: (*range(1, size // 2), ZEROS, ZEROS, ZEROS),
+    "zeros": lambda size: (ZEROS, ZEROS),
+    "mixed": lambda size: (size - 1, ZEROS, 0, 0, 1, ZEROS, size - 2, size - 1),
+    "twice": lambda size: (*range(size), *range(size)),
+}
+CUT_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(1, 120, shape).to(dtype)
+
+
+def cut_in_memory(tensor: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """The same cut by torch: every entry selected, then zeros where they belong."""
+    indices = torch.tensor(cut.indices, dtype=torch.long)
+    result = tensor.index_select(cut.axis, indices.clamp(min=0))
+    return result.index_fill(cut.axis, (indices == ZEROS).nonzero().flatten(), 0)
+
+
+def written_cut(stored: dict[str, torch.Tensor], cuts: dict[str, Cut], folder: Path) -> tuple[StoredWeights, Path]:
+    """Saves tensors, and writes what the cuts leave of them under new names."""
+    dense, result = folder / "source", folder / "result"
+    for place in (dense, result):
+        place.mkdir(exist_ok=True)
+    save_file(stored, dense / WEIGHTS_FILE)
+    weights = read_weights(dense).renamed(lambda name: f"new.{name}", cuts.get)
+    write_weights(weights, result, num_parameters=0)
+    return weights, result
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 40, 100, 16 * 2**20])
+@pytest.mark.parametrize("dtype", CUT_DTYPES, ids=str)
+def test_cut_copies_equal_index_select(
+    dtype: torch.dtype, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_BUFFER_BYTES", buffer)
+    stored, cuts = {"whole": values((4, 3), dtype)}, {}
+    for kind, shape in CUT_SHAPES.items():
+        for axis, size in enumerate(shape):
+            for choice, indices in CUT_INDICES.items():
+                name = f"{kind}.{axis}.{choice}"
+                stored[name], cuts[name] = values(shape, dtype), Cut(axis, indices(size))
+
+    weights, result = written_cut(stored, cuts, tmp_path)
+
+    loaded = load_file(result / WEIGHTS_FILE)
+    expected = {name: cut_in_memory(tensor, cuts[name]) if name in cuts else tensor for name, tensor in stored.items()}
+    assert loaded.keys() == {f"new.{name}" for name in stored}
+    for name, tensor in expected.items():
+        written = loaded[f"new.{name}"]
+        assert (written.dtype, written.shape) == (dtype, tensor.shape) and torch.equal(written, tensor), name
+    assert weights.num_bytes == sum(tensor.nbytes for tensor in expected.values())
+    assert difference(weights, read_weights(result)) is None
+    assert difference(read_weights(result), weights) is None
+
+
+def test_shards_and_index_follow_the_cuts(sharded: Path, tmp_path: Path) -> None:
+    cuts = {"wide": Cut(1, (2, 0)), "plain": Cut(0, (4, ZEROS)), "eight": Cut(0, ())}
+    weights = read_weights(sharded).renamed(lambda name: name, cuts.get)
+    write_weights(weights, tmp_path, num_parameters=0)
+    loaded: dict[str, torch.Tensor] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        loaded.update(load_file(file))
+    assert torch.equal(loaded["wide"], STORED["wide"][:, [2, 0]])
+    assert torch.equal(loaded["plain"], torch.stack([STORED["plain"][4], torch.zeros(7)]))
+    assert loaded["eight"].shape == (0,) and torch.equal(loaded["half"], STORED["half"])
+    assert read_index(tmp_path)["metadata"] == {"total_size": sum(tensor.nbytes for tensor in loaded.values())}
+    assert difference(weights, read_weights(tmp_path)) is None
+
+
+def test_a_cut_is_asked_for_by_the_old_name_and_only_for_what_stays(single: Path) -> None:
+    asked: list[str] = []
+    weights = read_weights(single).renamed(lambda name: None if name == "half" else "new." + name, asked.append)
+    assert sorted(asked) == sorted(STORED.keys() - {"half"})
+    assert all(tensor.cut is None for tensor in weights.tensors.values())
+
+
+def test_a_cut_survives_another_renaming(single: Path) -> None:
+    once = read_weights(single).renamed(lambda name: name, {"plain": Cut(1, (3,))}.get)
+    tensor = once.renamed(str.upper).tensors["PLAIN"]
+    assert (tensor.shape, tensor.stored_shape, tensor.num_bytes, tensor.element_bits) == ((5, 1), (5, 7), 20, 32)
+    with pytest.raises(CheckpointError, match="'plain' was cut already"):
+        once.renamed(lambda name: name, {"plain": Cut(0, (1,))}.get)
+
+
+@pytest.mark.parametrize("buffer", [5, 33, 16 * 2**20])
+@pytest.mark.parametrize("position", [0, 17, 41])
+def test_difference_finds_a_byte_of_a_cut_tensor(
+    position: int, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_BUFFER_BYTES", buffer)
+    weights, result = written_cut(
+        {"x": values((6, 9), torch.int8)}, {"x": Cut(1, (8, 0, 3, ZEROS, 4, 5, 6))}, tmp_path
+    )
+    assert difference(weights, read_weights(result)) is None
+    start = read_weights(result).tensors["new.x"].start
+    file = result / WEIGHTS_FILE
+    data = bytearray(file.read_bytes())
+    data[start + position] ^= 1
+    file.write_bytes(data)
+    assert difference(weights, read_weights(result)) == "new.x"
+    assert difference(read_weights(result), weights) == "new.x"
+
+
+def test_streams_are_compared_wherever_they_are_split() -> None:
+    def stream(*parts: bytes) -> Iterator[memoryview]:
+        return map(memoryview, parts)
+
+    assert tensors._same_bytes(stream(), stream())
+    assert tensors._same_bytes(stream(b"abc", b"de"), stream(b"a", b"bcd", b"e"))
+    for other in ((b"abcd",), (b"abcde", b"f"), (b"ab", b"cdf"), ()):
+        assert not tensors._same_bytes(stream(b"abc", b"de"), stream(*other))
+        assert not tensors._same_bytes(stream(*other), stream(b"abc", b"de"))
+
+
+def test_chunks_stay_within_the_buffer(single: Path) -> None:
+    for cut in (None, Cut(0, (4, 4, ZEROS, 0)), Cut(1, (6, *range(5), ZEROS))):
+        tensor = read_weights(single).tensors["plain"]
+        tensor = tensor if cut is None else tensor.cut_to(cut)
+        for size in (1, 10, 64, 1000):
+            with tensor.file.open("rb") as source:
+                lengths = [len(chunk) for chunk in tensor.chunks(source, memoryview(bytearray(size)))]
+            assert max(lengths) <= size and sum(lengths) == tensor.num_bytes
+
+
+def test_a_source_that_shrinks_while_it_is_cut(single: Path, tmp_path: Path) -> None:
+    last = max(read_weights(single).tensors.values(), key=lambda tensor: tensor.start + tensor.num_bytes)
+    weights = read_weights(single).renamed(lambda name: name, {last.name: Cut(0, (last.shape[0] - 1,))}.get)
+    file = single / WEIGHTS_FILE
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"ends inside tensor '{last.name}': it changed while being read"):
+        write_weights(weights, tmp_path, num_parameters=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "message"),
+    [
+        ("plain", Cut(2, (0,)), "'plain' .* has no axis 2"),
+        ("plain", Cut(0, (5,)), "'plain' .* has no entry 5 along axis 0"),
+        ("scalar", Cut(0, (0,)), "'scalar' .* has no axis 0"),
+        ("none", Cut(0, (ZEROS,)), "'none' .* has no elements to cut from"),
+    ],
+)
+def test_a_cut_that_does_not_fit(name: str, cut: Cut, message: str, single: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(single).renamed(lambda old: f"new.{old}", {name: cut}.get)
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("F4", 4), ("F6_E2M3", 6)])
+def test_packed_elements_are_not_cut(dtype: str, num_bytes: int, tmp_path: Path) -> None:
+    tensor = StoredTensor("packed", dtype, (2, 4), tmp_path / WEIGHTS_FILE, 0, num_bytes)
+    with pytest.raises(CheckpointError, match=f"'packed' cannot be cut: its {dtype} elements share bytes"):
+        tensor.cut_to(Cut(0, (1,)))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

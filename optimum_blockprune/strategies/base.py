@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CalibrationError
 from ..plan import PruningPlan
+from ..widths import Narrowing, UnitGroup, Width
 
 
 if TYPE_CHECKING:
+    from torch import nn
     from tqdm.auto import tqdm
 
     from ..batches import CalibrationWindows
@@ -22,6 +24,56 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class NoOptions:
     """The options dataclass of a strategy that has none."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Units of one group in one block.
+
+    Attributes:
+        block: Number of the block.
+        group: Position of the group in `WidthTask.groups`.
+        units: Number of units now.
+        keep: Number that stays where every block keeps the same share.
+        cost: Parameters that go with one unit.
+        free: Whether units may go; the others are protected.
+    """
+
+    block: int
+    group: int
+    units: int
+    keep: int
+    cost: int
+    free: bool = True
+
+
+@dataclass(frozen=True)
+class WidthTask:
+    """What a strategy of unit `"width"` is asked for.
+
+    Attributes:
+        groups: The kinds of units.
+        places: Every block and group that the model has.
+        layout: `"uniform"` needs exactly `keep` units in every place; of the others, the sum of them over the free
+            places of a family counts.
+        align: Kept channels of an MLP are a multiple of it.
+        allowed: For each group, the numbers of units that the model's classes accept, ascending.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    places: tuple[Place, ...]
+    layout: str
+    align: int
+    allowed: tuple[tuple[int, ...], ...]
+
+    @property
+    def free(self) -> tuple[Place, ...]:
+        """The places that may lose units."""
+        return tuple(place for place in self.places if place.free)
+
+    def group_of(self, place: Place) -> UnitGroup:
+        """The kind of units of a place."""
+        return self.groups[place.group]
 
 
 @dataclass(frozen=True)
@@ -38,6 +90,8 @@ class SearchContext:
         seed: Seed for every random choice.
         progress: `progress(total, description)` returns a `tqdm` bar.
         provenance: Descriptive fields of the plan that the strategy need not know about.
+        width: The task of a strategy that removes units of width; `None` for one that removes blocks.
+        unit_scores: Filled by `width_plan`: the score of every unit, by place.
     """
 
     runner: BlockRunner
@@ -49,6 +103,58 @@ class SearchContext:
     seed: int
     progress: Callable[[int, str], tqdm]
     provenance: Mapping[str, Any]
+    width: WidthTask | None = None
+    unit_scores: dict[Place, list[float]] = field(default_factory=dict)
+
+    def writer(self, place: Place) -> nn.Module:
+        """The module of the live model that the units of a place end in; its inputs are theirs, side by side."""
+        return self.runner.stack.blocks[place.block].get_submodule(self.width.group_of(place).writer)
+
+    def width_plan(
+        self,
+        kept: Mapping[Place, Iterable[int]],
+        *,
+        scores: Mapping[Place, Sequence[float]] | None = None,
+        steps: Sequence[Mapping[str, Any]] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> PruningPlan:
+        """Builds the plan that keeps `kept`, and all units of the places that it does not name.
+
+        Args:
+            kept: The units that stay.
+            scores: Score of every unit of a place, on the dense model; too many for the plan, which gets the highest
+                score of a removed unit and the lowest of a kept one.
+            steps: One JSON object per decision; by default one per place.
+            details: Further figures for the report.
+        """
+        task = self.width
+        entries = {place: tuple(sorted(kept.get(place, range(place.units)))) for place in task.places}
+        if scores is not None:
+            self.unit_scores.update({place: [float(score) for score in each] for place, each in scores.items()})
+        made = tuple(Narrowing(place.block, place.group, units) for place, units in entries.items())
+        width = Width(task.layout, task.groups, made)
+        if task.layout == "padded":
+            room = (next(n for n in task.allowed[g] if n >= width.width_of(g)) for g in range(len(task.groups)))
+            width = Width(task.layout, task.groups, made, tuple(room))
+        lines = [self._step(place, set(units)) for place, units in entries.items() if place.free]
+        return PruningPlan.from_removed(
+            num_blocks=self.runner.num_blocks,
+            removed=(),
+            width=width,
+            steps=tuple(steps or lines),
+            details={"align": task.align, **(details or {})},
+            options=asdict(self.options),
+            seed=self.seed,
+            **self.provenance,
+        )
+
+    def _step(self, place: Place, kept: set[int]) -> dict[str, Any]:
+        scores = self.unit_scores.get(place)
+        line = {"block": place.block, "writer": self.width.group_of(place).writer, "kept": len(kept)}
+        if scores is None or not 0 < len(kept) < place.units:
+            return line
+        removed = max(score for unit, score in enumerate(scores) if unit not in kept)
+        return {**line, "highest_removed": removed, "lowest_kept": min(scores[unit] for unit in kept)}
 
     def require_windows(self) -> CalibrationWindows:
         """Returns the calibration windows, or raises `CalibrationError` when there are none."""
@@ -89,7 +195,7 @@ class PruningStrategy(ABC):
 
     Class attributes:
         name: The entry-point name.
-        unit: What is removed: `"block"` in this version.
+        unit: What is removed: `"block"`, or `"width"` (channels and heads).
         Options: A frozen dataclass; its fields are what `strategy_options` may hold. `__post_init__` may raise
             `ConfigurationError` for impossible values.
         needs_data: Whether calibration windows must be given.
@@ -105,6 +211,19 @@ class PruningStrategy(ABC):
     protect_first: ClassVar[int] = 0
     protect_last: ClassVar[int] = 0
 
+    @classmethod
+    def unit_of(cls, options: Any) -> str:
+        """What is removed with these options; `unit` unless they decide."""
+        return cls.unit
+
+    @classmethod
+    def families_of(cls, options: Any) -> tuple[str, ...]:
+        """The families of units that a strategy of unit `"width"` removes: `"mlp"`, `"attention"` or both."""
+        return ("mlp",)
+
     @abstractmethod
     def select(self, context: SearchContext) -> PruningPlan:
-        """Chooses `context.num_remove` blocks among `context.removable`; changes no weight."""
+        """Chooses `context.num_remove` blocks among `context.removable`, or what `context.width` asks for.
+
+        Changes no weight.
+        """
