@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .constraints import Situation, protected, raise_if_broken, uncached, uncopied
+from .constraints import Situation, protected, raise_if_broken, uncached, uncopied, whole_attention
 from .errors import PlanError, UnsupportedModelError
 from .kinds import DECODER, ENCODER, STACKS, Kind, kind_of
 from .plan import PruningPlan
@@ -98,6 +98,10 @@ class Layout:
     def uncopied(self) -> str | None:
         """Why files of this architecture cannot be pruned without building the model; `None` if they can."""
         return uncopied(self._situation())
+
+    def whole_attention(self) -> str | None:
+        """Why attention heads of this architecture cannot go alone; `None` if they can, as far as the table knows."""
+        return whole_attention(self._situation())
 
     def protected(self, candidates: Iterable[int] | None = None) -> dict[int, str]:
         """Blocks that no search may remove, each with the reason; the others may go one by one, in any choice.

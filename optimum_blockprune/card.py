@@ -17,19 +17,16 @@ from .report import PruningReport
 _BODY = """
 # {title}
 
-{base}with {removed} of its {dense} transformer blocks removed by
+{base}with {removed} removed by
 [`optimum-blockprune`](https://pypi.org/project/optimum-blockprune/); nothing was retrained.
 
 ```python
-from transformers import {loader}, {companion}
-
-model = {loader}.from_pretrained("path/or/repo")
-{variable} = {companion}.from_pretrained("path/or/repo")
+{usage}
 ```
 
 ## What was removed
 
-Strategy `{strategy}`; removed blocks, in order: {order}.
+Strategy `{strategy}`; {order}.
 
 | | before | after |
 |---|---:|---:|
@@ -45,7 +42,7 @@ Strategy `{strategy}`; removed blocks, in order: {order}.
 
 ## Reproduce
 
-`pruning_plan.json` in this folder holds the blocks, the scores and the calibration set's fingerprint:
+`pruning_plan.json` in this folder holds what is kept, the scores and the calibration set's fingerprint:
 
 ```shell
 optimum-cli blockprune apply -m BASE_MODEL --plan pruning_plan.json OUTPUT
@@ -69,24 +66,74 @@ def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> Model
         base_model=_repo_id(plan.base_model),
         library_name="transformers",
         pipeline_tag=report.task or "text-generation",
-        tags=["pruned", "block-pruning", "depth-pruning", "optimum", plan.strategy],
+        tags=["pruned", *_kinds(plan), "optimum", *plan.strategy.split("+")],
     )
     prepares = "Tokenizer" if report.task in _TEXT_TASKS else "Processor"
     body = _BODY.format(
         title=title,
         base=f"`{plan.base_model}` " if plan.base_model else "A model ",
-        removed=len(plan.removed_blocks),
-        dense=plan.num_blocks,
+        removed=_removed(plan),
         strategy=plan.strategy,
-        order=", ".join(map(str, plan.removed_blocks)) or "none",
+        order=_order(plan),
         sizes=_sizes(report.achieved),
         quality=_quality(report.evaluations),
         runtimes=_runtimes(report.runtimes),
-        loader=report.loader or "AutoModelForCausalLM",
-        companion=f"Auto{prepares}",
-        variable=prepares.lower(),
+        usage=_usage(plan, report, prepares),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _kinds(plan: PruningPlan) -> list[str]:
+    depth = ["block-pruning", "depth-pruning"] if plan.removed_blocks or not plan.width else []
+    return depth + (["structured-pruning", "width-pruning"] if plan.width else [])
+
+
+def _removed(plan: PruningPlan) -> str:
+    """What is missing, in words that follow "with"."""
+    parts = [f"{len(plan.removed_blocks)} of its {plan.num_blocks} transformer blocks"]
+    if plan.width and not plan.removed_blocks:
+        parts = []
+    for family, counts in plan.width.totals().items():
+        share = 1 - counts["after"] / counts["before"]
+        parts.append(f"{share:.1%} of its {_FAMILIES[family]}")
+    return " and ".join(parts)
+
+
+_FAMILIES = {"mlp": "MLP channels", "attention": "attention heads (in whole KV groups)"}
+
+
+def _order(plan: PruningPlan) -> str:
+    blocks = f"removed blocks, in order: {', '.join(map(str, plan.removed_blocks)) or 'none'}"
+    if not plan.width:
+        return blocks
+    layouts = {
+        "uniform": "every block keeps the same number of them",
+        "padded": "zeros fill the narrower blocks up to the widest one",
+        "per_layer": "every block has its own width",
+    }
+    width = f"layout `{plan.width.layout}`: {layouts[plan.width.layout]}"
+    return f"{blocks}; {width}" if plan.removed_blocks else width
+
+
+def _usage(plan: PruningPlan, report: PruningReport, prepares: str) -> str:
+    """How to load it: with transformers alone, unless blocks differ in width."""
+    companion = f"Auto{prepares}"
+    tail = f'{prepares.lower()} = {companion}.from_pretrained("path/or/repo")'
+    if not plan.width.loads_anywhere:
+        lines = [
+            "from optimum_blockprune import BlockPruner  # transformers alone refuses this folder",
+            f"from transformers import {companion}",
+            "",
+            'model = BlockPruner.load_pruned("path/or/repo")',
+        ]
+    else:
+        loader = report.loader or "AutoModelForCausalLM"
+        lines = [
+            f"from transformers import {loader}, {companion}",
+            "",
+            f'model = {loader}.from_pretrained("path/or/repo")',
+        ]
+    return "\n".join([*lines, tail])
 
 
 def _repo_id(base_model: str | None) -> str | None:
@@ -106,6 +153,10 @@ def _sizes(achieved: dict[str, Any]) -> str:
         for name in ("blocks", "parameters")
         if f"{name}_before" in achieved
     ]
+    for family, counts in achieved.get("units", {}).items():
+        rows.append(f"| {_FAMILIES[family]}, all blocks | {counts['before']:,} | {counts['after']:,} |")
+    if achieved.get("padding_parameters"):
+        rows.append(f"| of the parameters, zeros that fill up blocks | 0 | {achieved['padding_parameters']:,} |")
     return "\n".join(rows)
 
 

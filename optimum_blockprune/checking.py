@@ -20,6 +20,8 @@ from .kinds import Kind, kind_of
 from .plan import PruningPlan
 from .runtimes import read_alike
 from .template import make_template
+from .units import find_units
+from .widths import FAMILIES
 
 
 _NOT_YET = "not in this version"
@@ -33,7 +35,8 @@ class Check:
         model_type, class_name: Of the whole model.
         stack: `"decoder"` or `"encoder"`; `None` where there is nothing to prune.
         num_blocks: Number of blocks; `None` where it is not known.
-        units: What can be removed: `"block"`, `"half_block"`, `"width"`, each with `"yes"` or the reason why not.
+        units: What can be removed: `"block"`, `"half_block"`, `"mlp"` (channels), `"attention"` (heads), each with
+            `"yes"` or the reason why not. Of width, what an ordinary checkpoint can hold; it is tried on the weights.
         search: Whether a search may choose blocks: `"yes"` or the reason why they have to be named.
         removable: Blocks that may go, one at a time or together.
         protected: Blocks that stay, with the reason.
@@ -103,11 +106,12 @@ def _check_stack(
     config: PretrainedConfig, kind: Kind, stack: str, removed: tuple[int, ...] | None, remote_code: bool
 ) -> Check:
     known: dict[str, Any] = {"model_type": config.model_type, "class_name": kind.class_name, "stack": stack}
-    units = {"half_block": _NOT_YET, "width": _NOT_YET}
+    units = {"half_block": _NOT_YET}
     try:
         layout = layout_for(config, stack)
         known |= {"num_blocks": layout.num_blocks, "evidence": "proven" if layout.proven else "gate"}
         blocks = find_blocks(_empty_model(config, kind, remote_code), stack)
+        units |= {family: _width_of(blocks, family) for family in FAMILIES}
         if removed is not None:
             plan = PruningPlan.from_removed(layout.model_type, layout.num_blocks, removed, stack=stack)
             make_template(blocks, plan)
@@ -157,6 +161,15 @@ def _named_only(
         cache=layout.uncached(),
         runtimes=_runtimes_of_singles(layout, singles),
     )
+
+
+def _width_of(blocks: BlockStack, family: str) -> str:
+    """Whether the configuration can say that there are fewer channels or heads."""
+    reason = blocks.layout.whole_attention() if family == "attention" else None
+    if reason is not None:
+        return reason
+    found, reasons = find_units(blocks, family)
+    return "yes" if found else "; ".join(dict.fromkeys(reasons)) or "its configuration has no field for their number"
 
 
 def _why_not(blocks: BlockStack, block: int) -> str | None:

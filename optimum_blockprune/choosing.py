@@ -119,6 +119,9 @@ def _any_width(layout: Layout, task: WidthTask) -> PruningPlan:
     """A plan of the widths that are asked for, to be tried before the search."""
     narrowed = tuple(Narrowing(place.block, place.group, tuple(range(place.keep))) for place in task.places)
     width = Width(task.layout, task.groups, narrowed)
+    if task.layout == "padded":
+        room = tuple(task.room(group, width.width_of(group)) for group in range(len(task.groups)))
+        width = Width(task.layout, task.groups, narrowed, room)
     return PruningPlan.from_removed(layout.model_type, layout.num_blocks, (), width=width, stack=layout.stack)
 
 
@@ -178,6 +181,27 @@ def held_out_split(dataset: Any) -> str:
     else:
         splits = dataset if isinstance(dataset, Mapping) else ()
     return next((split for split in ("test", "validation", "train") if split in splits), "test")
+
+
+def held_out(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    num_samples: int | None,
+    stride: int | None,
+) -> CalibrationWindows:
+    """Windows to evaluate on: running text of the split that nothing was chosen on; see `BlockPruner.evaluate`."""
+    if num_samples is None and dataset == "c4":
+        num_samples = recipe.num_samples
+    # Windows that overlap need running text, not a choice of windows from all over it.
+    chosen = num_samples if stride is None else None
+    wanted = window_spec(recipe, num_samples=chosen, recipe="windows", split=held_out_split(dataset))
+    stack = find_blocks(model, recipe.stack)
+    text = windows_for(stack, dataset, tokenizer, wanted)
+    if chosen != num_samples:
+        text = text.first(num_samples)
+    return fitted(text, model, stack.layout, tokenizer, masked=True, seed=recipe.seed)
 
 
 def windows_for(

@@ -69,6 +69,11 @@ def uncopied(situation: Situation) -> str | None:
     return next((row.reason for row in table().uncopied if _applies(row, situation)), None)
 
 
+def whole_attention(situation: Situation) -> str | None:
+    """Why the heads of this type cannot go alone, whatever the layout; `None` if they may."""
+    return next((row.reason for row in table().whole_attention if _applies(row, situation)), None)
+
+
 def _rows(situation: Situation) -> list[Constraint]:
     return [row for row in table().constraints if _applies(row, situation)]
 

@@ -14,7 +14,7 @@ from optimum.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blocks import find_blocks
-from .choosing import choose, held_out_split, num_to_remove, removes, score_units, window_spec, windows_for
+from .choosing import choose, held_out, num_to_remove, removes, score_units
 from .config import BlockPruningConfig
 from .errors import CalibrationError, ConfigurationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
@@ -27,7 +27,6 @@ from .report import PruningReport
 from .saving import atomic_folder, check_output, restored
 from .sequence import apply_in_order
 from .surgery import Journal, check_plan
-from .tasks import fitted
 
 
 logger = logging.get_logger("optimum.blockprune")
@@ -104,6 +103,16 @@ class BlockPruner:
         if kwargs:
             raise ConfigurationError(f"The model is loaded already; {', '.join(sorted(kwargs))} would be ignored.")
         return cls(model_or_path, config, _tokenizer(tokenizer, {}))
+
+    @staticmethod
+    def load_pruned(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+        """Loads a pruned model of any layout, `"per_layer"` included, which transformers alone cannot load.
+
+        Args:
+            folder: The folder, or its repository on the Hub; nothing in it is executed or unpickled.
+            **kwargs: For `from_pretrained` of the model's class.
+        """
+        return load_model(folder, **kwargs)
 
     def score(self, config: BlockPruningConfig | None = None) -> dict[Any, Any]:
         """Returns the strategy's score of everything it may remove, measured on the dense model.
@@ -310,18 +319,8 @@ class BlockPruner:
         dataset = self.config.dataset if dataset is None else dataset
         if dataset is None:
             raise CalibrationError("There is no text to evaluate on: give dataset=... (--dataset PATH).")
-        split = held_out_split(dataset)
-        if num_samples is None and dataset == "c4":
-            num_samples = self.config.num_samples
         spec = spec or EvaluationSpec(batch_size=self.config.recipe.batch_size)
-        # Windows that overlap need running text, not a choice of windows from all over it.
-        chosen = num_samples if spec.stride is None else None
-        wanted = window_spec(self.config.recipe, num_samples=chosen, recipe="windows", split=split)
-        stack = find_blocks(self.model, self.config.stack)
-        text = windows_for(stack, dataset, self.tokenizer, wanted)
-        if chosen != num_samples:
-            text = text.first(num_samples)
-        text = fitted(text, self.model, stack.layout, self.tokenizer, masked=True, seed=self.config.seed)
+        text = held_out(self.model, self.config.recipe, self.tokenizer, dataset, num_samples, spec.stride)
         if isinstance(baseline, (str, Path)):
             baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
         with self.report.timed("evaluation"):

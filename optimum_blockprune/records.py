@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import layout_for
+from .blocks import find_blocks
 from .card import model_card
 from .config import BlockPruningConfig, save_config_of
 from .environment import peak_memory, versions
@@ -15,6 +18,7 @@ from .evaluation import size_of
 from .plan import PruningPlan
 from .report import PruningReport
 from .runtimes import read_alike
+from .width_task import unit_cost
 
 
 def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
@@ -36,13 +40,35 @@ def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], mod
         report.achieved[f"{name}_before"] = before[name]
         report.achieved[f"{name}_after"] = after[name]
         report.achieved[f"{name}_removed"] = 1 - after[name] / before[name]
+    if plan.width:
+        report.achieved |= _widths(plan, find_blocks(model, plan.stack).blocks)
     layout = layout_for(model, plan.stack)
     report.loader, report.task = layout.kind.loader, layout.kind.task
     alike = read_alike(layout.config.to_dict())
     report.runtimes = {name: {"verdict": each.verdict, "reason": each.reason} for name, each in alike.items()}
+    if not plan.width.loads_anywhere:
+        reason = "every block has its own width, which only this package loads"
+        report.runtimes = {name: {"verdict": "differs", "reason": reason} for name in ("transformers", *alike)}
     report.dtype = str(model.dtype).removeprefix("torch.")
     report.peak_memory_bytes = peak_memory(model)
     report.versions = versions()
+
+
+def _widths(plan: PruningPlan, blocks: nn.ModuleList) -> dict[str, Any]:
+    """Units before and after, and what filling up with zeros costs."""
+    width = plan.width
+    units = {
+        family: {**counts, "removed": 1 - counts["after"] / counts["before"]}
+        for family, counts in width.totals().items()
+    }
+    found: dict[str, Any] = {"layout": width.layout, "units": units}
+    if width.layout == "padded":
+        found["padding_parameters"] = sum(
+            (width.stored(each) - len(each.kept))
+            * unit_cost(blocks[plan.kept_blocks.index(each.block)], width.groups[each.group])
+            for each in width.narrowed
+        )
+    return found
 
 
 def write_records(

@@ -23,7 +23,9 @@ class PruningReport:
 
     Attributes:
         requested: The budget as asked for.
-        achieved: `blocks_before`, `blocks_after`, `blocks_removed` (fraction), the same for `parameters`.
+        achieved: `blocks_before`, `blocks_after`, `blocks_removed` (fraction), the same for `parameters`. Where units
+            of width went: `layout`, `units` (`before`, `after`, `removed` by family, summed over blocks), and
+            `padding_parameters`, the zeros that layout `"padded"` stores.
         block_forwards: Block executions of the search, per calibration window.
         naive_block_forwards: What whole forward passes per candidate would have spent, where the strategy knows.
         head_forwards: Executions of the language-model head, per calibration window.

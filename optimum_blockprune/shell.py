@@ -63,7 +63,7 @@ def plan(args: Namespace) -> None:
     made = _pruner(args, config).make_plan()
     with _writing(args.output):
         path = made.save(args.output)
-    text = f"{path}: {made.strategy} removes {_listed(made.removed_blocks)} of {made.num_blocks} blocks"
+    text = f"{path}: {made.strategy} removes {_removed(made)}"
     _print(args, {"output": str(path), **made.to_dict()}, text)
 
 
@@ -78,7 +78,8 @@ def apply(args: Namespace) -> None:
             raise ConfigurationError(f"apply copies the files as they are; --{name.replace('_', '-')} has no effect.")
     chosen = PruningPlan.from_file(args.plan)
     path = chosen.apply_to_checkpoint(source, args.output, overwrite=args.overwrite, verify=args.verify, **loading)
-    text = f"{path}: {len(chosen.blocks)} of {chosen.num_blocks} blocks, without {_listed(chosen.removed_blocks)}"
+    gone = [_listed(chosen.removed_blocks), *_narrowed(chosen)] if chosen.removed_blocks else _narrowed(chosen)
+    text = f"{path}: {len(chosen.blocks)} of {chosen.num_blocks} blocks, without {' and '.join(gone) or 'nothing'}"
     _print(args, {"output": str(path), "removed_blocks": list(chosen.removed_blocks)}, text)
 
 
@@ -213,8 +214,11 @@ def _summary(pruner: BlockPruner, output: str) -> str:
     lines = [
         f"{output}: {achieved['blocks_after']} of {achieved['blocks_before']} blocks, "
         f"{achieved['parameters_after']:,} of {achieved['parameters_before']:,} parameters",
-        f"removed by {pruner.plan.strategy}, in this order: {_listed(pruner.plan.removed_blocks)}",
     ]
+    if pruner.plan.width:
+        lines.append(f"removed by {pruner.plan.strategy}: {_removed(pruner.plan)}")
+    else:
+        lines.append(f"removed by {pruner.plan.strategy}, in this order: {_listed(pruner.plan.removed_blocks)}")
     lines += [
         f"perplexity of the {entry['label']} model on {entry['source']}: {entry['perplexity']:.2f} "
         f"({entry['tokens']:,} tokens)"
@@ -254,6 +258,22 @@ def _cell(key: str, result: dict[str, Any], form: str) -> str:
 
 def _listed(blocks: tuple[int, ...]) -> str:
     return ", ".join(map(str, blocks)) if blocks else "nothing"
+
+
+def _removed(plan: PruningPlan) -> str:
+    """What a plan removes, in one line."""
+    parts = [f"{_listed(plan.removed_blocks)} of {plan.num_blocks} blocks"] if plan.removed_blocks else []
+    return " and ".join([*parts, *_narrowed(plan)]) or "nothing"
+
+
+def _narrowed(plan: PruningPlan) -> list[str]:
+    return [
+        f"{counts['before'] - counts['after']:,} of {counts['before']:,} {_FAMILIES[family]}"
+        for family, counts in plan.width.totals().items()
+    ]
+
+
+_FAMILIES = {"mlp": "MLP channels", "attention": "KV groups or heads"}
 
 
 def _show_progress() -> None:

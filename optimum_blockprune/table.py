@@ -49,7 +49,8 @@ class Constraint:
 
     Attributes:
         rule: Key of `constraints.CONSTRAINTS`; `"uncached"` for types whose own cache is not exact,
-            `"uncopied"` for types whose files cannot be renumbered.
+            `"uncopied"` for types whose files cannot be renumbered, `"whole_attention"` for types whose heads cannot
+            go alone.
         reason: Why, in words that follow a colon.
         model_types: The types it is about; empty: every type with `field`.
         field: The configuration field that it looks at; without a set value the constraint does not apply.
@@ -91,6 +92,7 @@ class Table:
     families: frozenset[str]
     uncached: tuple[Constraint, ...]
     uncopied: tuple[Constraint, ...]
+    whole_attention: tuple[Constraint, ...]
     zero_padding: frozenset[str]
     counts: Mapping[str, Mapping[str, str]]
     fields: Mapping[str, FieldRule]
@@ -107,6 +109,7 @@ def table() -> Table:
         families=frozenset(data["families"]),
         uncached=tuple(Constraint(**_frozen(row)) for row in data["uncached"]),
         uncopied=tuple(Constraint(**_frozen(row)) for row in data["uncopied"]),
+        whole_attention=tuple(Constraint(**_frozen(row)) for row in data["whole_attention"]),
         zero_padding=frozenset(data["zero_padding"]),
         counts=data["counts"],
         fields={name: FieldRule(name, **_frozen(row)) for name, row in data["fields"].items()},

@@ -178,7 +178,10 @@ def _same_tensors(template: Template, subject: str) -> None:
         kept[weight] = torch.Size(shape)
     wrong = sorted(name for name in kept.keys() | new.keys() if kept.get(name) != new.get(name))
     if wrong:
-        raise UnsupportedModelError(f"{subject} cannot lose these blocks exactly: {_mismatch(wrong[0], kept, new)}")
+        what = "blocks" if template.plan.removed_blocks else "channels and heads"
+        advice = " Its blocks differ by position; choose others, such as the last ones." if what == "blocks" else ""
+        problem = _mismatch(wrong[0], kept, new)
+        raise UnsupportedModelError(f"{subject} cannot lose these {what} exactly: {problem}.{advice}")
 
 
 def _cut_shapes(template: Template, shapes: Mapping[str, torch.Size], subject: str) -> dict[str, torch.Size]:
@@ -224,7 +227,7 @@ def _mismatch(name: str, kept: Mapping[str, Any], new: Mapping[str, Any]) -> str
         detail = f"the pruned configuration asks for a tensor '{name}' which the kept blocks do not have"
     else:
         detail = f"tensor '{name}' has shape {list(kept[name])}, the pruned configuration asks for {list(new[name])}"
-    return f"{detail}. Its blocks differ by position; choose others, such as the last ones."
+    return detail
 
 
 def _first_line(error: Exception) -> str:

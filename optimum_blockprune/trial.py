@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .blocks import BlockStack
 from .errors import UnsupportedModelError
 from .narrowing import narrow, units_off
+from .plain_units import plain_units
 from .runner import BlockRunner
 from .stand_ins import hidden_of
 from .units import Found, find_units
@@ -30,12 +31,15 @@ _TOLERANCE = {torch.float16: 3e-2, torch.bfloat16: 6e-2}
 _FULL_TOLERANCE = 1e-4
 
 
-def usable_units(stack: BlockStack, families: Sequence[str] = FAMILIES) -> tuple[tuple[UnitGroup, ...], Any]:
+def usable_units(
+    stack: BlockStack, families: Sequence[str] = FAMILIES, layout: str = "uniform"
+) -> tuple[tuple[UnitGroup, ...], tuple[tuple[int, ...], ...]]:
     """Returns the groups of units that this model can lose exactly, and where they are.
 
     Args:
         stack: The blocks of a live model.
         families: `"mlp"`, `"attention"` or both.
+        layout: `"uniform"` needs configuration fields that say how many there are; the others do without.
 
     Returns:
         The groups, and for each of them the blocks that have it.
@@ -46,22 +50,37 @@ def usable_units(stack: BlockStack, families: Sequence[str] = FAMILIES) -> tuple
     groups: list[UnitGroup] = []
     places: list[tuple[int, ...]] = []
     for family in families:
+        reason = stack.layout.whole_attention() if family == "attention" else None
+        if reason is not None:
+            raise UnsupportedModelError(_no_units(stack, family, "", [reason]))
         found, reasons = find_units(stack, family)
-        proven = []
-        for each in found:
-            try:
-                proven.append((decided(stack, each), each.blocks))
-            except UnsupportedModelError as error:
-                reasons.append(str(error).rstrip("."))
+        proven = _proven(stack, found, reasons)
+        if not proven and layout != "uniform":
+            proven = _proven(stack, plain_units(stack, family), reasons)
         if not proven:
-            why = "; ".join(reasons) or "its configuration has no field for their number"
-            raise UnsupportedModelError(
-                f"{stack.layout.subject}: its {_NAMES[family]} cannot be cut exactly ({why}). Prune another family "
-                "(strategy option families), or whole blocks."
-            )
+            raise UnsupportedModelError(_no_units(stack, family, layout, reasons))
         groups += [group for group, _ in proven]
         places += [blocks for _, blocks in proven]
     return tuple(groups), tuple(places)
+
+
+def _proven(stack: BlockStack, found: Sequence[Found], reasons: list[str]) -> list[tuple[UnitGroup, tuple[int, ...]]]:
+    proven = []
+    for each in found:
+        try:
+            proven.append((decided(stack, each), each.blocks))
+        except UnsupportedModelError as error:
+            reasons.append(str(error).rstrip("."))
+    return proven
+
+
+def _no_units(stack: BlockStack, family: str, layout: str, reasons: Sequence[str]) -> str:
+    why = "; ".join(dict.fromkeys(reasons)) or "its configuration has no field for their number"
+    other = " Layout 'per_layer' may hold what no ordinary checkpoint can." if layout == "uniform" else ""
+    return (
+        f"{stack.layout.subject}: its {_NAMES[family]} cannot be cut exactly: {why}. Prune another family (strategy "
+        f"option families), or whole blocks.{other}"
+    )
 
 
 _NAMES = {"mlp": "MLP channels", "attention": "attention heads"}

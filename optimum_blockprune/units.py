@@ -90,23 +90,23 @@ def _questions(config: PretrainedConfig, family: str) -> Iterator[list[Question]
         yield from _head_questions(config)
         return
     for name in table().widths["mlp"]:
-        value = _whole(config, name)
+        value = whole(config, name)
         if value is not None and value > 1:
             fewer = dict.fromkeys((value // 2, value - value // 4, value - 1))
             yield [Question("mlp", "channel", value, less, {name: 1}) for less in fewer if less]
-        elif value is None and name in config.to_dict() and _whole(config, "hidden_size"):
+        elif value is None and name in config.to_dict() and whole(config, "hidden_size"):
             # Not set means a multiple of the hidden size.
             yield [Question("mlp", "channel", None, config.hidden_size, {name: 1})]
 
 
 def _head_questions(config: PretrainedConfig) -> Iterator[list[Question]]:
     names = table().widths
-    heads_name, heads = _first(config, names["heads"])
-    kv_name, kv = _first(config, names["kv_heads"])
+    heads_name, heads = first_whole(config, names["heads"])
+    kv_name, kv = first_whole(config, names["kv_heads"])
     if heads_name is None or heads < 2:
         return
-    size_name, size = _first(config, names["head_dim"])
-    size = size or (_whole(config, "hidden_size") or 0) // heads
+    size_name, size = first_whole(config, names["head_dim"])
+    size = size or (whole(config, "hidden_size") or 0) // heads
     fixed: dict[str, Any] = {size_name or "head_dim": size}
     kv = kv or heads
     if heads % kv:
@@ -121,11 +121,12 @@ def _head_questions(config: PretrainedConfig) -> Iterator[list[Question]]:
     yield [Question("attention", unit, units, less, fields, fixed, per_unit) for less in range(units - 1, 0, -1)]
 
 
-def _first(config: PretrainedConfig, names: tuple[str, ...]) -> tuple[str | None, int | None]:
-    return next(((name, _whole(config, name)) for name in names if _whole(config, name) is not None), (None, None))
+def first_whole(config: PretrainedConfig, names: tuple[str, ...]) -> tuple[str | None, int | None]:
+    """The first of several fields that holds a positive whole number, with its value."""
+    return next(((name, whole(config, name)) for name in names if whole(config, name) is not None), (None, None))
 
 
-def _whole(config: PretrainedConfig, name: str) -> int | None:
+def whole(config: PretrainedConfig, name: str) -> int | None:
     """A field that holds a positive whole number; a number that differs between blocks cannot be asked for."""
     if name in (getattr(config, "per_layer_attributes", None) or ()):
         return None
@@ -234,7 +235,8 @@ class _Reader:
         units, less = (size, fewer) if question.family == "mlp" else (question.units, question.fewer)
         if question.units not in (None, units) or units == less:
             raise UnsupportedModelError(f"{self.subject} is not how wide '{writer}' is")
-        options = [self._cuts(name, units, less, fused=place > 0) for place, name in enumerate(names)]
+        own = (size - fewer) // (units - less)
+        options = [self._cuts(name, units, less, own) for name in names]
         # The parts of one module are in one order (weight and bias).
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
         orders = [
@@ -261,8 +263,8 @@ class _Reader:
             for choice in product(*map(range, orders))
         )
 
-    def _cuts(self, name: str, units: int, less: int, *, fused: bool) -> list[CutTensor]:
-        """The possible orders of a tensor's entries, the likeliest first."""
+    def _cuts(self, name: str, units: int, less: int, own: int) -> list[CutTensor]:
+        """The possible orders of a tensor's entries, the likeliest first; one that is no wider than a unit has one."""
         axis = self._axis(name)
         old, new = (shape[axis] for shape in self.shapes[name])
         each, remainder = divmod(old - new, units - less)
@@ -270,7 +272,7 @@ class _Reader:
         if remainder or each < 1 or rest < 0:
             raise UnsupportedModelError(f"{self.subject}: '{name}' does not have an equal part for every unit")
         orders: list[tuple[int, ...]] = [(each,)]
-        if fused and not rest:
+        if each > own and not rest:
             grouped, uneven = divmod(each, self.question.heads_per_unit + 2)
             if self.question.family == "attention" and not uneven:
                 orders.insert(0, (grouped * self.question.heads_per_unit, grouped, grouped))

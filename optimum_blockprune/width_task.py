@@ -27,7 +27,7 @@ def width_task(stack: BlockStack, recipe: Recipe, strategy: type[PruningStrategy
         ConfigurationError: The budget cannot be met, or the layout does not fit the protected blocks.
         UnsupportedModelError: The model has no such units that can be cut exactly.
     """
-    groups, blocks = usable_units(stack, strategy.families_of(options))
+    groups, blocks = usable_units(stack, strategy.families_of(options), recipe.layout)
     with quiet():
         allowed = tuple(_allowed(stack, group, recipe) for group in groups)
     free = _free_blocks(stack, recipe, strategy)

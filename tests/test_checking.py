@@ -34,7 +34,7 @@ def test_a_plain_decoder_may_lose_any_block() -> None:
         5,
     )
     assert (check.search, check.removable, check.protected, check.evidence) == ("yes", (0, 1, 2, 3, 4), {}, "proven")
-    assert set(check.units) == {"block", "half_block", "width"}
+    assert set(check.units) == {"block", "half_block", "mlp", "attention"}
     assert {name: verdict["verdict"] for name, verdict in check.runtimes.items()} == dict.fromkeys(
         ("transformers", "vllm", "llama.cpp"), "same"
     )

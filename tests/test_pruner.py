@@ -34,7 +34,7 @@ from optimum_blockprune import (
     PruningReport,
     available_strategies,
 )
-from optimum_blockprune import pruner as pruner_module
+from optimum_blockprune import choosing as choosing_module
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec
 from optimum_blockprune.choosing import windows_for
@@ -394,7 +394,7 @@ def test_named_data_sets_are_evaluated_on_held_out_text(name: str, split: str, m
         asked.append((dataset, spec.split, spec.num_samples))
         raise ConnectionError
 
-    monkeypatch.setattr(pruner_module, "windows_for", windows_for)
+    monkeypatch.setattr(choosing_module, "windows_for", windows_for)
     with pytest.raises(ConnectionError):
         toy_pruner().evaluate(name)
     assert asked == [(name, split, 4 if name == "c4" else None)]

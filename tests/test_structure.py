@@ -28,8 +28,9 @@ LAYERS = (
     ("blocks", "inputs"),
     ("per_layer",),
     ("estimators", "ica", "loading", "runner", "skeleton", "tasks", "template"),
-    ("caching", "checking", "evaluation", "strategies.base", "strategies.selection", "surgery", "units"),
-    ("strategies.ranking", "trial"),
+    ("caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "units"),
+    ("checking", "plain_units", "strategies.ranking"),
+    ("trial",),
     ("width_task",),
     # strategies decide, the others execute; they meet in the plan
     (

@@ -71,6 +71,11 @@ class WidthTask:
         """The places that may lose units."""
         return tuple(place for place in self.places if place.free)
 
+    def room(self, group: int, widest: int) -> int:
+        """Units that blocks are padded to: as many as a configuration can say, all where it can say nothing."""
+        kind = self.groups[group]
+        return next(n for n in self.allowed[group] if n >= widest) if kind.fields else kind.units
+
     def group_of(self, place: Place) -> UnitGroup:
         """The kind of units of a place."""
         return self.groups[place.group]
@@ -134,8 +139,8 @@ class SearchContext:
         made = tuple(Narrowing(place.block, place.group, units) for place, units in entries.items())
         width = Width(task.layout, task.groups, made)
         if task.layout == "padded":
-            room = (next(n for n in task.allowed[g] if n >= width.width_of(g)) for g in range(len(task.groups)))
-            width = Width(task.layout, task.groups, made, tuple(room))
+            room = tuple(task.room(number, width.width_of(number)) for number in range(len(task.groups)))
+            width = Width(task.layout, task.groups, made, room)
         lines = [self._step(place, set(units)) for place, units in entries.items() if place.free]
         return PruningPlan.from_removed(
             num_blocks=self.runner.num_blocks,
