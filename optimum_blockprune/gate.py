@@ -298,7 +298,13 @@ def _prove_weights(reloaded: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def _prove_logits(model: PreTrainedModel, expected: Expectation, *, typical: bool) -> None:
-    logits = BlockRunner(model, expected.plan.stack).logits(expected.batch).float().cpu()
+    try:
+        logits = BlockRunner(model, expected.plan.stack).logits(expected.batch).float().cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as failure:
+        reason = " ".join(str(failure).split())
+        raise VerificationError(f"The pruned result failed the gate: its forward fails: {reason}.") from failure
     error = relative_error(logits, expected.logits, typical=typical)
     _require(
         error <= _tolerance(model),

@@ -16,7 +16,7 @@ from torch import nn
 
 from .blocks import BlockStack
 from .table import table
-from .units import Found, first_whole, input_axis, whole
+from .units import Found, first_whole, input_axis, kinds_of, whole
 from .widths import CutAttribute, CutTensor, UnitGroup
 
 
@@ -53,12 +53,8 @@ class _Projection:
 
 def plain_units(stack: BlockStack, family: str) -> list[Found]:
     """Groups of one family whose number no configuration field says; their `fields` are empty."""
-    kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
-    for number, block in enumerate(stack.blocks):
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in block.named_parameters())
-        kinds.setdefault(shapes, []).append(number)
     found = []
-    for numbers in kinds.values():
+    for numbers in kinds_of(stack.blocks):
         block = stack.blocks[numbers[0]]
         candidates = _heads(stack, block) if family == "attention" else _channels(stack, block)
         if candidates:

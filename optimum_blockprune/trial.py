@@ -48,30 +48,39 @@ def usable_units(
         UnsupportedModelError: One of the families has no units that can be cut exactly; says why.
     """
     groups: list[UnitGroup] = []
-    places: list[tuple[int, ...]] = []
+    places: list[list[int]] = []
     for family in families:
         reason = stack.layout.whole_attention() if family == "attention" else None
         if reason is not None:
             raise UnsupportedModelError(_no_units(stack, family, "", [reason]))
-        found, reasons = find_units(stack, family)
-        proven = _proven(stack, found, reasons)
+        candidates, reasons = find_units(stack, family)
+        proven = _proven(stack, candidates, reasons, layout)
         if not proven and layout != "uniform":
-            proven = _proven(stack, plain_units(stack, family), reasons)
+            proven = _proven(stack, plain_units(stack, family), reasons, layout)
         if not proven:
             raise UnsupportedModelError(_no_units(stack, family, layout, reasons))
-        groups += [group for group, _ in proven]
-        places += [blocks for _, blocks in proven]
-    return tuple(groups), tuple(places)
+        for group, blocks in proven:
+            if group not in groups:  # blocks of several kinds may have the same units
+                groups.append(group)
+                places.append([])
+            places[groups.index(group)] += blocks
+    return tuple(groups), tuple(tuple(sorted(blocks)) for blocks in places)
 
 
-def _proven(stack: BlockStack, found: Sequence[Found], reasons: list[str]) -> list[tuple[UnitGroup, tuple[int, ...]]]:
-    proven = []
+def _proven(
+    stack: BlockStack, found: Sequence[Found], reasons: list[str], layout: str
+) -> list[tuple[UnitGroup, tuple[int, ...]]]:
+    """The groups that pass the trial; one field speaks for all kinds of blocks, so that all or none of them may."""
+    proven, failed = [], set()
     for each in found:
         try:
             proven.append((decided(stack, each), each.blocks))
         except UnsupportedModelError as error:
             reasons.append(str(error).rstrip("."))
-    return proven
+            failed |= set(each.candidates[0].fields)
+    if layout == "per_layer":
+        return proven
+    return [(group, blocks) for group, blocks in proven if not failed & set(group.fields)]
 
 
 def _no_units(stack: BlockStack, family: str, layout: str, reasons: Sequence[str]) -> str:
@@ -102,23 +111,58 @@ def decided(stack: BlockStack, found: Found) -> UnitGroup:
             f"{subject} cannot be tried, since the weights are offloaded. Load the model on one device, or make the "
             "plan elsewhere and apply it to the files (`optimum-cli blockprune apply`)"
         )
-    kept = tuple(unit for unit in range(group.units) if unit % 3)
     call = _captured_call(stack, found.blocks[0])
-    with torch.no_grad(), units_off(block, [(group, kept)]):
-        truth = hidden_of(call(block))
-    failure = "none of the possible orders of its tensors gives what the block computes with the units switched off"
+    some = tuple(unit for unit in range(group.units) if unit % 3)
+    # A second choice that shares no pattern with the first: one alone may be right by accident.
+    first_half = tuple(range((group.units + 1) // 2))
+    truths = []
+    for kept in (some, first_half):
+        with units_off(block, [(group, kept)]):
+            truths.append((kept, _outputs(call, block, group)))
+    failure = _expected_failure(group)
     for candidate, reads_config in product(found.candidates, (False, True)):
-        trial, tried = copy.deepcopy(block), replace(candidate, reads_config=reads_config)
+        tried = replace(candidate, reads_config=reads_config)
         try:
-            narrow(trial, tried, kept, len(kept), setattr, own_config=True)
-            with torch.no_grad():
-                output = hidden_of(call(trial))
-        except (RuntimeError, ValueError, IndexError) as error:
+            if all(_same(_narrowed_outputs(call, block, tried, kept), truth) for kept, truth in truths):
+                return tried
+        except _FAILURES as error:
             failure = " ".join(str(error).split())[:160]
-            continue
-        if output.shape == truth.shape and _close(output, truth):
-            return tried
     raise UnsupportedModelError(f"{subject} cannot be cut out exactly: {failure}")
+
+
+def _expected_failure(group: UnitGroup) -> str:
+    norms = sorted({cut.name.rpartition(".")[0] for cut in group.tensors if "norm" in cut.name.lower()})
+    if norms:
+        return f"'{norms[0]}' normalises all of them together, and has other statistics without some"
+    return "none of the possible orders of its tensors gives what the block computes with the units switched off"
+
+
+# How a forward fails on tensors that do not fit.
+_FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+
+def _narrowed_outputs(
+    call: Callable[[nn.Module], Any], block: nn.Module, group: UnitGroup, kept: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    trial = copy.deepcopy(block)
+    narrow(trial, group, kept, len(kept), setattr, own_config=True)
+    return _outputs(call, trial, group)
+
+
+@torch.no_grad()
+def _outputs(call: Callable[[nn.Module], Any], block: nn.Module, group: UnitGroup) -> tuple[Tensor, Tensor]:
+    """What the writer gives, and the block: a norm behind the writer may hide that its output has another scale."""
+    seen: list[Tensor] = []
+    handle = block.get_submodule(group.writer).register_forward_hook(lambda _module, _args, out: seen.append(out))
+    try:
+        output = hidden_of(call(block))
+    finally:
+        handle.remove()
+    return seen[-1], output
+
+
+def _same(outputs: tuple[Tensor, Tensor], truths: tuple[Tensor, Tensor]) -> bool:
+    return all(map(_close, outputs, truths))
 
 
 def _captured_call(stack: BlockStack, block: int) -> Callable[[nn.Module], Any]:
@@ -137,5 +181,7 @@ def _copied(value: Any) -> Any:
 
 
 def _close(output: Tensor, truth: Tensor) -> bool:
+    if output.shape != truth.shape:
+        return False
     error = (output.float() - truth.float()).abs().max() / truth.float().abs().max().clamp_min(1e-9)
     return bool(error <= _TOLERANCE.get(truth.dtype, _FULL_TOLERANCE))

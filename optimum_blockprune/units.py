@@ -76,12 +76,31 @@ def find_units(stack: BlockStack, family: str) -> tuple[list[Found], list[str]]:
     reasons: list[str] = []
     with quiet():
         before = empty_model(type(stack.model), reread(stack.layout.root, stack.layout.subject), stack.layout.subject)
-        for choices in _questions(stack.layout.config, family):
+        try:
+            questions = list(_questions(stack.layout.config, family))
+        except UnsupportedModelError as error:
+            return [], [f"{stack.layout.subject}: {str(error)}"]
+        for choices in questions:
             try:
                 found += _answer(stack, before, choices)
             except UnsupportedModelError as error:
                 reasons.append(str(error).rstrip("."))
     return found, reasons
+
+
+def kinds_of(blocks: nn.ModuleList) -> list[list[int]]:
+    """Blocks that are alike in all but their numbers and weights: shapes, windows, kinds, thresholds."""
+    kinds: dict[Any, list[int]] = {}
+    for number, block in enumerate(blocks):
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in block.named_parameters())
+        traits = tuple(
+            (path, name, value)
+            for path, module in block.named_modules()
+            for name, value in vars(module).items()
+            if type(value) in (bool, int, float, str) and value != number and not name.startswith("_")
+        )
+        kinds.setdefault((shapes, traits), []).append(number)
+    return list(kinds.values())
 
 
 def _questions(config: PretrainedConfig, family: str) -> Iterator[list[Question]]:
@@ -103,6 +122,9 @@ def _head_questions(config: PretrainedConfig) -> Iterator[list[Question]]:
     names = table().widths
     heads_name, heads = first_whole(config, names["heads"])
     kv_name, kv = first_whole(config, names["kv_heads"])
+    unclear = next((name for name in names["kv_heads"] if kv_name is None and name in config.to_dict()), None)
+    if unclear is not None and _differs(config, unclear):
+        raise UnsupportedModelError(f"'{unclear}' differs between blocks")
     if heads_name is None or heads < 2:
         return
     size_name, size = first_whole(config, names["head_dim"])
@@ -124,6 +146,11 @@ def _head_questions(config: PretrainedConfig) -> Iterator[list[Question]]:
 def first_whole(config: PretrainedConfig, names: tuple[str, ...]) -> tuple[str | None, int | None]:
     """The first of several fields that holds a positive whole number, with its value."""
     return next(((name, whole(config, name)) for name in names if whole(config, name) is not None), (None, None))
+
+
+def _differs(config: PretrainedConfig, name: str) -> bool:
+    per_block = name in (getattr(config, "per_layer_attributes", None) or ())
+    return per_block or isinstance(config.to_dict().get(name), (list, tuple, dict))
 
 
 def whole(config: PretrainedConfig, name: str) -> int | None:
@@ -181,14 +208,11 @@ def _read_off(
             "hidden_size / heads, so that no ordinary checkpoint has fewer heads"
         )
     blocks_before, blocks_after = before.get_submodule(stack.path), after.get_submodule(stack.path)
-    kinds: dict[Any, list[int]] = {}
-    for block in range(len(stack)):
-        start = f"{stack.path}.{block}."
+    for blocks in kinds_of(blocks_before):
+        start = f"{stack.path}.{blocks[0]}."
         inside = {name[len(start) :]: shapes for name, shapes in changed.items() if name.startswith(start)}
-        kinds.setdefault(tuple(inside.items()), []).append(block)
-    for inside, blocks in kinds.items():
         if inside:
-            reader = _Reader(subject, blocks_before[blocks[0]], blocks_after[blocks[0]], dict(inside), question)
+            reader = _Reader(subject, blocks_before[blocks[0]], blocks_after[blocks[0]], inside, question)
             yield from (Found(candidates, tuple(blocks)) for candidates in reader.groups())
 
 
@@ -296,6 +320,10 @@ class _Reader:
                         f"{self.subject} also changes '{path}.{name}' from {old} to {new}, which is no count of units"
                     )
                 per_unit = (old - new) // (units - less)
+                if per_unit * units > old:
+                    raise UnsupportedModelError(
+                        f"{self.subject} also changes '{path}.{name}', which is no count of units"
+                    )
                 found.append(CutAttribute(path, name, per_unit, old - per_unit * units))
         return tuple(sorted(found, key=lambda each: (each.module, each.name)))
 

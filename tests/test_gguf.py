@@ -20,7 +20,7 @@ from families import VOCABULARY, plain_logits, random_ids, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_blockprune import PruningPlan
+from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
@@ -83,6 +83,24 @@ def test_reloads_with_equal_logits(family: str, tmp_path: Path) -> None:
     model = pruned(tmp_path, family)
     back = read_back(write_gguf(tmp_path, tmp_path / "model.gguf"))
     assert back.config.num_hidden_layers == 4
+    assert distance(plain_logits(back, random_ids()), plain_logits(model, random_ids())) <= 1e-4
+
+
+def narrowed(folder: Path, family: str) -> PreTrainedModel:
+    """A tiny model with half of its KV groups and two thirds of its MLP channels, saved in `folder`."""
+    options = {"unit": "width", "families": "both"}
+    config = BlockPruningConfig("random", sparsity=0.4, strategy_options=options)
+    kinds = {"layer_types": [SLIDING] * 4} if family == "gemma3_text" else {}
+    model = BlockPruner(tiny_model(family, 4, **FAMILIES[family], **kinds)).prune(config=config)
+    assert (model.config.intermediate_size, model.config.num_key_value_heads) == (32, 1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrower_model_reloads_with_equal_logits(family: str, tmp_path: Path) -> None:
+    model = narrowed(tmp_path, family)
+    back = read_back(write_gguf(tmp_path, tmp_path / "model.gguf"))
     assert distance(plain_logits(back, random_ids()), plain_logits(model, random_ids())) <= 1e-4
 
 
@@ -173,6 +191,13 @@ def test_llama_cpp_computes_equal_logits(family: str, tmp_path: Path) -> None:
     assert distance(got, plain_logits(model, random_ids())) <= tolerance(family)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_equal_logits_of_a_narrower_model(family: str, tmp_path: Path) -> None:
+    model = narrowed(tmp_path, family)
+    got = llama_cpp_logits(write_gguf(tmp_path, tmp_path / "model.gguf"), random_ids())
+    assert distance(got, plain_logits(model, random_ids())) <= tolerance(family)
+
+
 def test_llama_cpp_follows_a_written_gemma_pattern_without_period(tmp_path: Path) -> None:
     model = pruned(tmp_path, "gemma3_text", layer_types=NOT_PERIODIC)
     got = llama_cpp_logits(write_gguf(tmp_path, tmp_path / "model.gguf"), random_ids())
@@ -211,6 +236,14 @@ def test_file_of_the_converter_reloads_with_equal_logits(family: str, tmp_path: 
     model = pruned(tmp_path, family)
     back = read_back(converted(tmp_path))
     assert distance(plain_logits(back, random_ids()), plain_logits(model, random_ids())) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_converter_reads_a_narrower_model(family: str, tmp_path: Path) -> None:
+    model = narrowed(tmp_path, family)
+    file = converted(tmp_path)
+    assert distance(plain_logits(read_back(file), random_ids()), plain_logits(model, random_ids())) <= 1e-4
+    assert distance(llama_cpp_logits(file, random_ids()), plain_logits(model, random_ids())) <= tolerance(family)
 
 
 def test_limit_the_converter_does_not_write_the_gemma_pattern(tmp_path: Path) -> None:
