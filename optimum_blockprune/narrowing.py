@@ -67,7 +67,8 @@ def _selected(tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tensor:
     chosen = tensor.index_select(axis, index.clamp(min=0))
     if ZEROS in indices:
         # Filled in, not multiplied: zeros must not carry the sign of what was there.
-        chosen.index_fill_(axis, (index == ZEROS).nonzero().squeeze(1), 0)
+        empty = [place for place, entry in enumerate(indices) if entry == ZEROS]
+        chosen.index_fill_(axis, torch.tensor(empty, device=tensor.device), 0)
     return chosen
 
 

@@ -321,9 +321,7 @@ class _Reader:
                     )
                 per_unit = (old - new) // (units - less)
                 if per_unit * units > old:
-                    raise UnsupportedModelError(
-                        f"{self.subject} also changes '{path}.{name}', which is no count of units"
-                    )
+                    raise UnsupportedModelError(f"{self.subject} also changes '{path}.{name}', no count of units")
                 found.append(CutAttribute(path, name, per_unit, old - per_unit * units))
         return tuple(sorted(found, key=lambda each: (each.module, each.name)))
 

@@ -15,7 +15,7 @@ from families import block_list
 from toys import assert_unchanged, config, files_below, snapshot, toy_pruner
 from transformers import AutoModelForCausalLM
 
-from optimum_blockprune import BlockPruner, PruningPlan, available_strategies
+from optimum_blockprune import BlockPruner, PruningPlan, available_strategies, get_strategy
 from optimum_blockprune import calibration as calibration_module
 from optimum_blockprune import checkpoint as checkpoint_module
 from optimum_blockprune import choosing as choosing_module
@@ -27,7 +27,7 @@ from optimum_blockprune.evaluation import EvaluationSpec
 SEARCHING = [
     name
     for name, info in available_strategies().items()
-    if info.distribution == "optimum-blockprune" and name not in ("manual", "random")
+    if info.distribution == "optimum-blockprune" and get_strategy(name).needs_data
 ]
 # Where prune(save_dir) can be broken off: names that are looked up at that moment.
 STAGES = {

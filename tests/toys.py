@@ -13,7 +13,7 @@ from families import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from optimum_blockprune import BlockPruner, BlockPruningConfig
+from optimum_blockprune import BlockPruner, BlockPruningConfig, get_strategy
 from optimum_blockprune.batches import Batch
 
 
@@ -42,8 +42,9 @@ TEXTS = [text(40, seed) for seed in range(8)]
 
 
 def config(strategy: str = "sleb", **fields: Any) -> BlockPruningConfig:
-    """Two blocks by four windows of sixteen tokens, unless told otherwise."""
-    budget = {} if {"sparsity", "target_params", "num_blocks"} & set(fields) else {"num_blocks": 2}
+    """Two blocks (or 40 % of the width) by four windows of sixteen tokens, unless told otherwise."""
+    usual = {"sparsity": 0.4} if get_strategy(strategy).unit == "width" else {"num_blocks": 2}
+    budget = {} if {"sparsity", "target_params", "num_blocks"} & set(fields) else usual
     defaults = {"dataset": TEXTS, "num_samples": 4, "seqlen": 16, "batch_size": 2}
     return BlockPruningConfig(strategy=strategy, **{**defaults, **budget, **fields})
 
