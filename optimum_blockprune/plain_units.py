@@ -119,7 +119,7 @@ def _heads(stack: BlockStack, block: nn.Module) -> list[UnitGroup]:
     kv = _kv_heads([each.outputs for each in readers], heads, size)
     if kv is None or writer.inputs != hidden or writer.outputs != hidden:
         return []
-    return list(_head_groups(block, home, readers, writer, heads, kv, size))
+    return list(_head_groups(stack, block, home, readers, writer, heads, kv, size))
 
 
 def _kv_heads(outputs: list[int], heads: int, size: int) -> int | None:
@@ -132,6 +132,7 @@ def _kv_heads(outputs: list[int], heads: int, size: int) -> int | None:
 
 
 def _head_groups(
+    stack: BlockStack,
     block: nn.Module,
     home: str,
     readers: list[_Projection],
@@ -156,7 +157,8 @@ def _head_groups(
         counts = {heads: queries, **({} if shared else {kv: 1}), heads * size: queries * size}
         # Which of the numbers around the projections follow cannot be seen; more is tried before less.
         for names in (counts, {heads: queries}, {}):
-            others = tuple(_numbers(block, home, names, {each.name for each in (*readers, writer)}))
+            apart = {each.name for each in (*readers, writer)}
+            others = tuple(each for each in _numbers(block, home, names, apart) if _is_common(stack, each, block))
             yield UnitGroup(
                 "attention",
                 "head" if shared else "kv_group",
@@ -165,6 +167,13 @@ def _head_groups(
                 tensors=tuple(tensors),
                 attributes=(*attributes, *others),
             )
+
+
+def _is_common(stack: BlockStack, attribute: CutAttribute, block: nn.Module) -> bool:
+    """Whether all blocks have this number: the number of a block may equal that of the heads by chance."""
+    value = getattr(block.get_submodule(attribute.module), attribute.name)
+    modules = (dict(each.named_modules()).get(attribute.module) for each in stack.blocks)
+    return all(getattr(module, attribute.name, value) == value for module in modules if module is not None)
 
 
 def _numbers(block: nn.Module, home: str, counts: dict[int, int], apart: set[str]) -> Iterator[CutAttribute]:

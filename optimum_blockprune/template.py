@@ -83,7 +83,7 @@ def make_template(stack: BlockStack, plan: PruningPlan) -> Template:
     edited = layout.edited(plan)
     with quiet():
         read = reread(edited, layout.subject)
-        _same_fields(descend(edited, layout.place), descend(read, layout.place), layout.subject)
+        _same_fields(descend(edited, layout.place), descend(read, layout.place), layout.subject, plan)
         kind = type(stack.model)
         # Read back as well: what a file does not hold (the attention implementation) must not differ between the two.
         before = empty_model(kind, reread(layout.root, layout.subject), layout.subject)
@@ -142,15 +142,20 @@ def reread(config: PretrainedConfig, subject: str) -> PretrainedConfig:
         ) from error
 
 
-def _same_fields(written: PretrainedConfig, read: PretrainedConfig, subject: str) -> None:
+def _same_fields(written: PretrainedConfig, read: PretrainedConfig, subject: str, plan: PruningPlan) -> None:
     """Some classes change a list when they read it; a field that follows the blocks must come back as written."""
     stored = read.to_dict()
     for name, value in written.to_dict().items():
         if name in table().fields and stored.get(name) != value:
+            advice = " Keep other blocks (such as the last one)." if plan.removed_blocks else ""
             raise UnsupportedModelError(
-                f"{subject} cannot lose these blocks exactly: '{name}' would be {value}, and its configuration class "
-                f"reads that back as {stored.get(name)}. Keep other blocks (such as the last one)."
+                f"{subject} cannot lose {_lost(plan)} exactly: '{name}' would be {value}, and its configuration class "
+                f"reads that back as {stored.get(name)}.{advice}"
             )
+
+
+def _lost(plan: PruningPlan) -> str:
+    return "these blocks" if plan.removed_blocks else "these channels and heads"
 
 
 def empty_model(kind: type[PreTrainedModel], config: PretrainedConfig, subject: str) -> PreTrainedModel:
@@ -178,10 +183,10 @@ def _same_tensors(template: Template, subject: str) -> None:
         kept[weight] = torch.Size(shape)
     wrong = sorted(name for name in kept.keys() | new.keys() if kept.get(name) != new.get(name))
     if wrong:
-        what = "blocks" if template.plan.removed_blocks else "channels and heads"
-        advice = " Its blocks differ by position; choose others, such as the last ones." if what == "blocks" else ""
+        advice = " Its blocks differ by position; choose others, such as the last ones."
+        advice = advice if template.plan.removed_blocks else ""
         problem = _mismatch(wrong[0], kept, new)
-        raise UnsupportedModelError(f"{subject} cannot lose these {what} exactly: {problem}.{advice}")
+        raise UnsupportedModelError(f"{subject} cannot lose {_lost(template.plan)} exactly: {problem}.{advice}")
 
 
 def _cut_shapes(template: Template, shapes: Mapping[str, torch.Size], subject: str) -> dict[str, torch.Size]:

@@ -106,6 +106,9 @@ def decided(stack: BlockStack, found: Found) -> UnitGroup:
     if group.units < 2:
         raise UnsupportedModelError(f"{subject} are one only")
     block = stack.blocks[found.blocks[0]]
+    shapes = dict(block.named_parameters())
+    if any(shapes[cut.name].shape[cut.axis] != cut.size(group.units) for cut in group.tensors):
+        raise UnsupportedModelError(f"{subject} are fewer already than its configuration says; prune them in one step")
     if any(parameter.device.type == "meta" for parameter in block.parameters()):
         raise UnsupportedModelError(
             f"{subject} cannot be tried, since the weights are offloaded. Load the model on one device, or make the "

@@ -273,6 +273,12 @@ def _joined(first: Width, second: Width, alive: set[int]) -> Width:
         ]
         if same:
             before = kept[each.block, same[0]]
+            if groups[same[0]].unit != theirs.unit or len(before) != theirs.units:
+                raise PlanError(
+                    f"The first plan leaves {len(before)} units of kind '{groups[same[0]].unit}' before "
+                    f"'{theirs.writer}' of block {each.block}, the second one is for {theirs.units} of kind "
+                    f"'{theirs.unit}', so that they cannot be joined in one plan; prune twice into two folders."
+                )
             kept[each.block, same[0]] = tuple(before[unit] for unit in each.kept)
         else:
             if theirs not in groups:
