@@ -119,6 +119,8 @@ def _select(job: dict[str, Any]) -> None:
         strategy_options=job["options"],
     )
     pruner = BlockPruner.from_pretrained(job["model"], config, dtype=torch.float32)
+    with torch.no_grad():
+        pruner.model(torch.zeros(1, 8, dtype=torch.long))  # brings the weights from the file into memory
     loaded, begin = peak_memory(pruner.model), time.perf_counter()
     scores: dict[Place, list[float]] = {}
     report = PruningReport()

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .block_kinds import kinds_of
 from .blocks import BlockStack
 from .table import table
-from .units import Found, first_whole, input_axis, kinds_of, whole
+from .units import Found, first_whole, input_axis, whole
 from .widths import CutAttribute, CutTensor, UnitGroup
 
 

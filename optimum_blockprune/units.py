@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import descend, set_fields
+from .block_kinds import kinds_of
 from .blocks import BlockStack
 from .errors import UnsupportedModelError
 from .table import table
@@ -86,21 +87,6 @@ def find_units(stack: BlockStack, family: str) -> tuple[list[Found], list[str]]:
             except UnsupportedModelError as error:
                 reasons.append(str(error).rstrip("."))
     return found, reasons
-
-
-def kinds_of(blocks: nn.ModuleList) -> list[list[int]]:
-    """Blocks that are alike in all but their numbers and weights: shapes, windows, kinds, thresholds."""
-    kinds: dict[Any, list[int]] = {}
-    for number, block in enumerate(blocks):
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in block.named_parameters())
-        traits = tuple(
-            (path, name, value)
-            for path, module in block.named_modules()
-            for name, value in vars(module).items()
-            if type(value) in (bool, int, float, str) and value != number and not name.startswith("_")
-        )
-        kinds.setdefault((shapes, traits), []).append(number)
-    return list(kinds.values())
 
 
 def _questions(config: PretrainedConfig, family: str) -> Iterator[list[Question]]:

@@ -25,7 +25,7 @@ LAYERS = (
     ("calibration", "constraints"),
     ("architectures", "measures"),
     # one live model, and what is measured on its hidden states
-    ("blocks", "channel_sums", "inputs", "norm_gain"),
+    ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
     ("per_layer",),
     ("estimators", "ica", "loading", "runner", "skeleton", "tasks", "template"),
     ("caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects", "units"),
