@@ -17,6 +17,7 @@ from .calibration import WindowSpec, build_windows
 from .environment import versions
 from .errors import CalibrationError, PlanError, UnsupportedModelError
 from .inputs import positions_of, vocabulary_of
+from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .recipe import Recipe
 from .registry import build_options, get_strategy
@@ -57,6 +58,7 @@ def choose(
         BlockPruningError: The recipe, the model or the text does not fit; as much as possible before the search.
         PlanError: A strategy did not keep to its budget or to the protections.
     """
+    refuse_own_widths(model.config)
     strategy = get_strategy(recipe.strategy)()
     options = build_options(type(strategy), recipe.strategy_options or {})
     stack = find_blocks(model, recipe.stack)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from .errors import PlanError
 from .widths import ZEROS, UnitGroup, Width
 
 
@@ -22,6 +23,7 @@ def narrow(
     width: int,
     assign: Callable[[Any, str, Any], None],
     *,
+    means: Sequence[float] = (),
     own_config: bool = False,
 ) -> None:
     """Cuts units out of a block.
@@ -32,9 +34,14 @@ def narrow(
         kept: The units that stay.
         width: Number of units afterwards; zeros fill up what is more than `kept`.
         assign: `setattr`, or one that remembers.
+        means: What the writer's bias makes up for; see `widths.Narrowing`.
         own_config: Whether modules that look into the configuration get one of their own, since the model's describes
             other blocks as well.
     """
+    if means:
+        writer = block.get_submodule(group.writer)
+        shifted = nn.Parameter(_compensated(writer, group, kept, means), requires_grad=writer.bias.requires_grad)
+        assign(writer, "bias", shifted)
     for cut in group.tensors:
         path, _, leaf = cut.name.rpartition(".")
         module = block.get_submodule(path)
@@ -62,6 +69,18 @@ def _give_config(block: nn.Module, group: UnitGroup, width: int, assign: Callabl
             assign(module, "config", config)
 
 
+def _compensated(writer: nn.Module, group: UnitGroup, kept: Sequence[int], means: Sequence[float]) -> Tensor:
+    """The bias plus what the inputs that go add to the output on average."""
+    if writer.bias is None:
+        raise PlanError(f"The plan makes up for removed units by a bias of '{group.writer}', which has none.")
+    gone = (~writer_mask(group, tuple(kept), writer.weight.device)).nonzero().squeeze(1)
+    wide = torch.promote_types(writer.weight.dtype, torch.float32)
+    columns = writer.weight.detach().index_select(group.tensors[0].axis, gone).to(wide)
+    average = torch.tensor(means, dtype=wide, device=columns.device)
+    added = columns @ average if group.tensors[0].axis == 1 else average @ columns
+    return (writer.bias.detach().to(wide) + added).to(writer.bias.dtype)
+
+
 def _selected(tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tensor:
     index = torch.tensor(indices, device=tensor.device)
     chosen = tensor.index_select(axis, index.clamp(min=0))
@@ -73,22 +92,30 @@ def _selected(tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def units_off(block: nn.Module, narrowed: Sequence[tuple[UnitGroup, Sequence[int]]]) -> Iterator[None]:
-    """Switches the units of a block off, all but the kept ones: the writer reads zeros from them."""
+def units_off(
+    block: nn.Module, narrowed: Sequence[tuple[UnitGroup, Sequence[int]]], means: Sequence[float] = ()
+) -> Iterator[None]:
+    """Switches the units of a block off, all but the kept ones: the writer reads zeros, or their means, from them."""
     handles = []
     try:
         for group, kept in narrowed:
-            handles.append(block.get_submodule(group.writer).register_forward_pre_hook(_masking(group, tuple(kept))))
+            hook = _masking(group, tuple(kept), means)
+            handles.append(block.get_submodule(group.writer).register_forward_pre_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _masking(group: UnitGroup, kept: tuple[int, ...]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _masking(
+    group: UnitGroup, kept: tuple[int, ...], means: Sequence[float]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         mask = writer_mask(group, kept, args[0].device)
-        return (torch.where(mask, args[0], torch.zeros((), dtype=args[0].dtype, device=mask.device)), *args[1:])
+        filling = torch.zeros(len(mask), dtype=args[0].dtype, device=mask.device)
+        if means:
+            filling[~mask] = torch.tensor(means, dtype=args[0].dtype, device=mask.device)
+        return (torch.where(mask, args[0], filling), *args[1:])
 
     return hook
 
@@ -98,7 +125,8 @@ def width_off(blocks: nn.ModuleList, width: Width) -> Iterator[None]:
     """Switches off in the dense model what a plan's width leaves out; the truth that a narrowed model is held to."""
     with ExitStack() as contexts:
         for each in width.narrowed:
-            contexts.enter_context(units_off(blocks[each.block], [(width.groups[each.group], each.kept)]))
+            group = width.groups[each.group]
+            contexts.enter_context(units_off(blocks[each.block], [(group, each.kept)], each.means))
         yield
 
 

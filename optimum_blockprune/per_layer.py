@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .blocks import find_blocks
@@ -25,11 +24,11 @@ def has_own_widths(config: PretrainedConfig) -> bool:
     return isinstance(entry, dict) and entry.get("layout") == "per_layer"
 
 
-def refuse_own_widths(model: nn.Module) -> None:
+def refuse_own_widths(config: PretrainedConfig) -> None:
     """Raises for a model that was narrowed block by block: a second plan could not be told from the first."""
-    if has_own_widths(model.config):
+    if has_own_widths(config):
         raise UnsupportedModelError(
-            f"This '{model.config.model_type}' model was pruned with layout='per_layer' before, and one plan must say "
+            f"This '{config.model_type}' model was pruned with layout='per_layer' before, and one plan must say "
             "all of it. Prune the dense model once, with a list of configurations: prune(config=[first, second])."
         )
 

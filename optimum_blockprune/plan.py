@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .widths import Width, composed
+from .joining import composed
+from .widths import Width
 
 
 PLAN_FILE = "pruning_plan.json"
@@ -168,8 +169,8 @@ class PruningPlan:
         gone = (*self.removed_blocks, *(kept[block] for block in second.removed_blocks))
         parts = [part for plan in (self, second) for part in plan.parts()]
         blocks = tuple(kept[block] for block in second.kept_blocks)
-        width = composed(self.width, second.width, kept)
-        width = composed(width, Width(), blocks)
+        # What the second plan removes whole need not agree in width with what it narrows.
+        width = composed(composed(self.width, Width(), blocks), second.width, kept)
         return PruningPlan.from_removed(
             self.model_type,
             self.num_blocks,
@@ -225,7 +226,9 @@ class PruningPlan:
                     "steps": tuple(data.get("steps", ())),
                 }
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {error}.") from error
 
     def save(self, path: str | Path) -> Path:

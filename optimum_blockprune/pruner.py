@@ -20,7 +20,6 @@ from .errors import CalibrationError, ConfigurationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
 from .gate import Expectation, check_mode, prove_folder, require_proof
 from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
-from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .records import record, write_records
 from .report import PruningReport
@@ -143,7 +142,6 @@ class BlockPruner:
             CalibrationError: The calibration text is missing, too short or does not fit the tokenizer.
             NonFiniteError: The model gives NaN or infinity on this text.
         """
-        refuse_own_widths(self.model)
         configs = self._configs(config)
         if len(configs) == 1:
             self._choose(configs[0])
@@ -196,7 +194,6 @@ class BlockPruner:
         Raises:
             BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C.
         """
-        refuse_own_widths(self.model)
         configs = self._configs(config)
         check_mode(verify)
         if plan is not None:

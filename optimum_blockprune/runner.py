@@ -176,6 +176,8 @@ class BlockRunner:
         with torch.no_grad(), hooks() as hook, suppress(_EndOfRun):
             hook(self.stack.blocks[block].register_forward_pre_hook(enter, with_kwargs=True))
             self._forward(probe_batch(self.model, self.stack.layout))
+        if not seen:
+            raise UnsupportedModelError(f"{self.stack.layout.subject}: block {block} does not run on text alone.")
         return seen[0]
 
     def _hidden_shape(self, batch: Batch) -> tuple[int, int]:

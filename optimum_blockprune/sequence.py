@@ -41,6 +41,9 @@ def apply_in_order(
                 expected = expect(model, plan)
                 journal.extend(apply_proven(model, plan, expected))
             whole = plan if whole is None else whole.then(plan)
+            if len(makers) > 1:
+                # One entry for all, at the end; what one step says of itself must not keep the next from it.
+                journal.set(model.config, "block_pruning", earlier)
         if len(makers) > 1:
             journal.set(model.config, "block_pruning", provenance(whole, earlier))
     except BaseException:

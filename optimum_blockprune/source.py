@@ -24,6 +24,7 @@ from .errors import BlockPruningError, CheckpointError, ConfigurationError, Outp
 from .gate import Expectation, expect, require_proof
 from .loading import class_for, load_config, load_model
 from .names import renumber_key
+from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .skeleton import load_skeleton, model_dtype
 from .template import Template, make_template
@@ -144,6 +145,7 @@ def open_source(folder: Path, plan: PruningPlan, verify: str, remote_code: bool)
         raise
     except Exception as error:  # configuration classes check their fields in many ways
         raise CheckpointError(f"The config.json of '{folder}' is malformed: {error}") from error
+    refuse_own_widths(config)
     layout = layout_for(config, plan.stack)
     layout.check(plan)
     require_proof(config, verify)
@@ -174,6 +176,11 @@ def _refuse_unstored(plan: PruningPlan, weights: StoredWeights, lists: tuple[str
     """Some files hold a tensor in pieces or under another name than the model, which joins them when it is loaded."""
     stored = weights.tensors
     for each in plan.width.narrowed:
+        if each.means:
+            raise UnsupportedModelError(
+                f"{layout.subject}: the plan makes up for removed units by biases, which are not computed while files "
+                "are copied. Prune it in memory, with BlockPruner.prune(plan=...)."
+            )
         for cut in plan.width.groups[each.group].tensors:
             names = [f"{path}.{each.block}.{cut.name}" for path in lists]
             if not any(name in stored for name in names):

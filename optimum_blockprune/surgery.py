@@ -20,6 +20,7 @@ from .blocks import BlockStack, find_blocks
 from .errors import UnsupportedModelError
 from .names import renumber_key
 from .narrowing import narrow
+from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .table import SlicedTensor
 from .template import RUN_SETTINGS, Template, make_template, merged_attributes
@@ -67,6 +68,7 @@ def _restore_fields(config: PretrainedConfig, fields: dict[str, Any]) -> None:
 
 def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Raises what `apply_plan` would raise for this model and plan, from empty models alone; see `make_template`."""
+    refuse_own_widths(model.config)
     stack = find_blocks(model, plan.stack)
     stack.layout.check(plan)
     make_template(stack, plan)
@@ -89,6 +91,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
         PlanError: The plan belongs to another model.
         UnsupportedModelError: The architecture cannot be expressed exactly. The model is unchanged after any error.
     """
+    refuse_own_widths(model.config)
     stack = find_blocks(model, plan.stack)
     stack.layout.check(plan)
     template = make_template(stack, plan)
@@ -167,7 +170,8 @@ def _narrow_blocks(stack: BlockStack, plan: PruningPlan, journal: Journal) -> No
         if len(each.kept) == group.units == width.stored(each):
             continue
         _refuse_offloaded(stack, block)
-        narrow(block, group, each.kept, width.stored(each), journal.set, own_config=not width.loads_anywhere)
+        own_config = not width.loads_anywhere
+        narrow(block, group, each.kept, width.stored(each), journal.set, means=each.means, own_config=own_config)
 
 
 def _refuse_offloaded(stack: BlockStack, block: nn.Module) -> None:

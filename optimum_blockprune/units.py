@@ -94,7 +94,12 @@ def _questions(config: PretrainedConfig, family: str) -> Iterator[list[Question]
     if family == "attention":
         yield from _head_questions(config)
         return
+    asked: set[str] = set()
     for name in table().widths["mlp"]:
+        own_name = (config.attribute_map or {}).get(name, name)
+        if own_name in asked:
+            continue  # another name of the same field
+        asked.add(own_name)
         value = whole(config, name)
         if value is not None and value > 1:
             fewer = dict.fromkeys((value // 2, value - value // 4, value - 1))
@@ -170,7 +175,7 @@ def narrower_model(stack: BlockStack, values: Mapping[str, Any]) -> PreTrainedMo
     root = copy.deepcopy(layout.root)
     try:
         set_fields(descend(root, layout.place), values, setattr)
-    except (AttributeError, ValueError) as error:
+    except Exception as error:  # configuration classes check their fields in many ways
         raise UnsupportedModelError(f"{layout.subject} does not take other values of {', '.join(values)}") from error
     return empty_model(type(stack.model), reread(root, layout.subject), layout.subject)
 
@@ -260,7 +265,7 @@ class _Reader:
             units,
             dict(question.fields),
             dict(question.fixed),
-            attributes=self._attributes(modules, units, less),
+            attributes=self._attributes(writer, modules, units, less),
         )
         return tuple(
             replace(
@@ -289,10 +294,13 @@ class _Reader:
             orders += [(each // parts,) * parts for parts in (2, 3) if each % parts == 0]
         return [CutTensor(name, axis, parts, rest) for parts in dict.fromkeys(orders)]
 
-    def _attributes(self, modules: list[str], units: int, less: int) -> tuple[CutAttribute, ...]:
+    def _attributes(self, writer: str, modules: list[str], units: int, less: int) -> tuple[CutAttribute, ...]:
         """Numbers that follow, of the modules that belong to this writer and of those around them."""
         found = []
         others = {name.rpartition(".")[0] for name in self.shapes} - set(modules)
+        # Nor what is around another writer only.
+        around = {part for name in (*others, writer) for part in _parents(name)}
+        others |= {part for part in around if not f"{writer}.".startswith(f"{part}.") and part}
         after = dict(self.after.named_modules())
         for path, module in self.before.named_modules():
             if path in others:
@@ -310,6 +318,13 @@ class _Reader:
                     raise UnsupportedModelError(f"{self.subject} also changes '{path}.{name}', no count of units")
                 found.append(CutAttribute(path, name, per_unit, old - per_unit * units))
         return tuple(sorted(found, key=lambda each: (each.module, each.name)))
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The names of the modules around one, from the inside out."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def input_axis(module: nn.Module) -> int | None:

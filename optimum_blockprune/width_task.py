@@ -100,31 +100,46 @@ def _kept_counts(
             f"num_blocks={value} counts blocks, but strategy '{recipe.strategy}' removes channels and heads: use "
             "sparsity or target_params."
         )
+    _require_choice(recipe, units, allowed)
     if name == "target_params":
         return _for_target(stack, recipe, places, units, allowed)
     counts = [_nearest(total, Fraction(str(value)), choices) for total, choices in zip(units, allowed, strict=True)]
-    for total, count, choices in zip(units, counts, allowed, strict=True):
-        if count == 0:
-            largest = math.floor((1 - choices[0] / (2 * total)) * 10_000) / 10_000
-            raise ConfigurationError(
-                f"sparsity={value} would leave less than {choices[0]} of {total} units in a block, the least that "
-                f"can be kept. The largest possible sparsity is {largest}."
-            )
+    if 0 in counts:
+        least = [(total, choices[0]) for total, choices in zip(units, allowed, strict=True) if len(choices) > 1]
+        # At half of the least number, that number is as close as none, and stays.
+        largest = min(math.floor((1 - Fraction(count, 2 * total)) * 10_000) for total, count in least) / 10_000
+        total, count = least[0] if len(least) == 1 else min(least, key=lambda pair: pair[0] / pair[1])
+        raise ConfigurationError(
+            f"sparsity={value} would leave less than {count} of {total} units in a block, the least that can be kept. "
+            f"The largest possible sparsity is {largest}."
+        )
     if counts == units:
         steps = [
             1 - Fraction(choices[-2] + total, 2 * total)
             for total, choices in zip(units, allowed, strict=True)
             if len(choices) > 1
         ]
-        smallest = f"The smallest sparsity that does is {math.ceil(min(steps) * 10_000) / 10_000}." if steps else ""
+        smallest = (math.floor(min(steps) * 10_000) + 1) / 10_000
         raise ConfigurationError(
-            f"sparsity={value} removes nothing: kept units are rounded to {_grid(allowed)}. {smallest}"
+            f"sparsity={value} removes nothing: kept units are rounded to {_grid(allowed)}. The smallest sparsity "
+            f"that removes some is {smallest}."
         )
     return counts
 
 
+def _require_choice(recipe: Recipe, units: Sequence[int], allowed: Sequence[tuple[int, ...]]) -> None:
+    """Some group must be able to lose units; the others stay whole."""
+    if all(len(choices) == 1 for choices in allowed):
+        raise ConfigurationError(
+            f"Nothing can go: a block has {' and '.join(map(str, units))} units, and kept channels are a multiple of "
+            f"align={recipe.align}. Give a smaller align."
+        )
+
+
 def _nearest(units: int, sparsity: Fraction, choices: Sequence[int]) -> int:
     """The allowed number of units that comes closest, 0 included; the larger one of two that are as close."""
+    if len(choices) == 1:
+        return units
     wanted = units * (1 - sparsity)
     return min((0, *choices), key=lambda count: (abs(count - wanted), -count))
 

@@ -124,11 +124,14 @@ class Narrowing:
         block: Original number of the block.
         group: Position of the group in the plan's `groups`.
         kept: Its units that stay, ascending; all of them where the block keeps its width.
+        means: What the writer's bias makes up for: the mean of each of its inputs that go, ascending; empty where the
+            removed units are simply missing.
     """
 
     block: int
     group: int
     kept: tuple[int, ...]
+    means: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,10 @@ class Width:
             KeyError, TypeError, ValueError: It is malformed.
         """
         groups = tuple(UnitGroup.from_dict(group) for group in data["groups"])
-        narrowed = tuple(Narrowing(**{**each, "kept": read_ranges(each["kept"])}) for each in data["narrowed"])
+        narrowed = tuple(
+            Narrowing(**{**each, "kept": read_ranges(each["kept"]), "means": tuple(each.get("means", ()))})
+            for each in data["narrowed"]
+        )
         return cls(data["layout"], groups, narrowed, tuple(data.get("padded_to", ())))
 
 
@@ -230,65 +236,6 @@ def read_ranges(text: str) -> tuple[int, ...]:
     return tuple(number for first, _, last in ends for number in range(int(first), int(last or first) + 1))
 
 
-def composed(first: Width, second: Width, kept_blocks: Sequence[int]) -> Width:
-    """One width for two that were applied one after the other.
-
-    Args:
-        first: Of the dense model.
-        second: Of what `first` left; its block numbers are those of that model.
-        kept_blocks: Original numbers of the blocks of that model.
-
-    Raises:
-        PlanError: Together they are of no one layout.
-    """
-    if not second:
-        alive = set(kept_blocks)
-        narrowed = tuple(each for each in first.narrowed if each.block in alive)
-        return Width(first.layout, first.groups, narrowed, first.padded_to)
-    moved = Width(
-        second.layout,
-        second.groups,
-        tuple(Narrowing(kept_blocks[each.block], each.group, each.kept) for each in second.narrowed),
-        second.padded_to,
-    )
-    if not first:
-        return moved
-    if first.layout != second.layout or first.layout == "padded":
-        raise PlanError(
-            f"Widths of layout '{first.layout}' and '{second.layout}' cannot be joined in one plan; use 'uniform' or "
-            "'per_layer' for both, or prune twice into two folders."
-        )
-    return _joined(first, moved, set(kept_blocks))
-
-
-def _joined(first: Width, second: Width, alive: set[int]) -> Width:
-    groups = list(first.groups)
-    kept = {(each.block, each.group): each.kept for each in first.narrowed if each.block in alive}
-    for each in second.narrowed:
-        theirs = second.groups[each.group]
-        same = [
-            number
-            for number, group in enumerate(groups)
-            if (group.family, group.writer) == (theirs.family, theirs.writer) and (each.block, number) in kept
-        ]
-        if same:
-            before = kept[each.block, same[0]]
-            if groups[same[0]].unit != theirs.unit or len(before) != theirs.units:
-                raise PlanError(
-                    f"The first plan leaves {len(before)} units of kind '{groups[same[0]].unit}' before "
-                    f"'{theirs.writer}' of block {each.block}, the second one is for {theirs.units} of kind "
-                    f"'{theirs.unit}', so that they cannot be joined in one plan; prune twice into two folders."
-                )
-            kept[each.block, same[0]] = tuple(before[unit] for unit in each.kept)
-        else:
-            if theirs not in groups:
-                groups.append(theirs)
-            kept[each.block, groups.index(theirs)] = each.kept
-    used = sorted({number for _, number in kept})
-    narrowed = tuple(Narrowing(block, used.index(number), units) for (block, number), units in sorted(kept.items()))
-    return Width(first.layout, tuple(groups[number] for number in used), narrowed)
-
-
 def _validate(width: Width) -> None:
     if width.layout not in LAYOUTS:
         raise PlanError(f"Unknown layout {width.layout!r} of a plan; possible: {', '.join(LAYOUTS)}.")
@@ -304,6 +251,9 @@ def _validate(width: Width) -> None:
             raise PlanError(f"The plan removes every unit before {place}; at least one must stay.")
         if list(each.kept) != sorted(set(each.kept)) or each.kept[0] < 0 or each.kept[-1] >= group.units:
             raise PlanError(f"The kept units before {place} must be ascending numbers from 0 to {group.units - 1}.")
+        gone = (group.units - len(each.kept)) * group.inputs_per_unit
+        if each.means and len(each.means) != gone:
+            raise PlanError(f"The plan has {len(each.means)} means for the {gone} inputs that go before {place}.")
     unused = set(range(len(width.groups))) - {group for _, group in seen}
     if unused:
         raise PlanError(f"No block of the plan has the units of group {min(unused)}.")

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "optimum_blockprune"
 LAYERS = (
     ("errors",),
     ("widths",),
+    ("joining",),
     # values, and tools that know neither models nor configurations
     ("batches", "cuts", "environment", "kinds", "plan", "recipe", "registry", "report", "runtimes", "saving")
     + ("stand_ins", "table", "text"),
@@ -59,7 +60,7 @@ DEFERRED = {
     ("registry", "strategies.base"),
 }
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
-LIGHT = ("__init__", "commands", "errors", "plan", "recipe", "registry", "report", "widths")
+LIGHT = ("__init__", "commands", "errors", "joining", "plan", "recipe", "registry", "report", "widths")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
 CHOOSERS = ("choosing", "width_task")

@@ -120,6 +120,7 @@ class SearchContext:
         kept: Mapping[Place, Iterable[int]],
         *,
         scores: Mapping[Place, Sequence[float]] | None = None,
+        means: Mapping[Place, Sequence[float]] | None = None,
         steps: Sequence[Mapping[str, Any]] = (),
         details: Mapping[str, Any] | None = None,
     ) -> PruningPlan:
@@ -129,6 +130,7 @@ class SearchContext:
             kept: The units that stay.
             scores: Score of every unit of a place, on the dense model; too many for the plan, which gets the highest
                 score of a removed unit and the lowest of a kept one.
+            means: Mean of every input of a place's writer; its bias then makes up for those that go.
             steps: One JSON object per decision; by default one per place.
             details: Further figures for the report.
         """
@@ -136,7 +138,10 @@ class SearchContext:
         entries = {place: tuple(sorted(kept.get(place, range(place.units)))) for place in task.places}
         if scores is not None:
             self.unit_scores.update({place: [float(score) for score in each] for place, each in scores.items()})
-        made = tuple(Narrowing(place.block, place.group, units) for place, units in entries.items())
+        made = tuple(
+            Narrowing(place.block, place.group, units, self._lost(place, units, (means or {}).get(place)))
+            for place, units in entries.items()
+        )
         width = Width(task.layout, task.groups, made)
         if task.layout == "padded":
             room = tuple(task.room(number, width.width_of(number)) for number in range(len(task.groups)))
@@ -152,6 +157,14 @@ class SearchContext:
             seed=self.seed,
             **self.provenance,
         )
+
+    def _lost(self, place: Place, kept: Sequence[int], means: Sequence[float] | None) -> tuple[float, ...]:
+        """The means of the inputs that go."""
+        if means is None:
+            return ()
+        size = self.width.group_of(place).inputs_per_unit
+        gone = sorted(set(range(place.units)) - set(kept))
+        return tuple(float(mean) for unit in gone for mean in means[unit * size : (unit + 1) * size])
 
     def _step(self, place: Place, kept: set[int]) -> dict[str, Any]:
         scores = self.unit_scores.get(place)
