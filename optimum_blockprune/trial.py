@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .blocks import BlockStack
 from .errors import UnsupportedModelError
+from .inputs import evaluating
 from .narrowing import narrow, units_off
 from .plain_units import plain_units
 from .runner import BlockRunner
@@ -158,7 +159,8 @@ def _outputs(call: Callable[[nn.Module], Any], block: nn.Module, group: UnitGrou
     seen: list[Tensor] = []
     handle = block.get_submodule(group.writer).register_forward_hook(lambda _module, _args, out: seen.append(out))
     try:
-        output = hidden_of(call(block))
+        with evaluating(block):  # dropout would make two runs differ
+            output = hidden_of(call(block))
     finally:
         handle.remove()
     return seen[-1], output

@@ -29,17 +29,20 @@ LAYERS = (
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
     ("per_layer",),
     ("estimators", "ica", "loading", "runner", "skeleton", "tasks", "template"),
-    ("caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects", "units"),
+    ("caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects", "units")
+    + ("joint_networks", "layer_stream", "mean_inputs"),
     ("block_bound", "checking", "plain_units", "strategies.ranking"),
     ("trial",),
     ("block_parts", "width_task"),
-    ("output_bounds",),
+    ("output_bounds", "signals"),
+    ("network_scores",),
     # strategies decide, the others execute; they meet in the plan
     (
         "choosing",
         "gate",
         "records",
         "strategies.bip",
+        "strategies.functional_network",
         "strategies.magnitude",
         "strategies.manual",
         "strategies.mi_prun",

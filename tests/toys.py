@@ -46,6 +46,8 @@ def config(strategy: str = "sleb", **fields: Any) -> BlockPruningConfig:
     usual = {"sparsity": 0.4} if get_strategy(strategy).unit == "width" else {"num_blocks": 2}
     budget = {} if {"sparsity", "target_params", "num_blocks"} & set(fields) else usual
     defaults = {"dataset": TEXTS, "num_samples": 4, "seqlen": 16, "batch_size": 2}
+    if strategy == "functional_network":
+        defaults["strategy_options"] = {"groups": 1}  # networks need more tokens than a fourth of these
     return BlockPruningConfig(strategy=strategy, **{**defaults, **budget, **fields})
 
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs calibration text through a model one block at a time, so that whatever is captured is of one block only.
+
+The residual stream of all windows is held between blocks; every block runs once per window. Windows are split into
+groups of texts, in order and of nearly equal size. Batches never straddle two groups, so that what a group is made of
+depends on the recipe alone.
+
+Memory: `stored_values`, windows x S x d in the model's own precision and on the devices where the blocks leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .batches import Batch, CalibrationWindows
+from .measures import content_mask
+from .runner import BlockOutput, BlockRunner
+from .stand_ins import map_tensors
+
+
+# Tokens of a window that replaying is tried on.
+_TRIED = 16
+
+
+@dataclass(eq=False)
+class TextGroup:
+    """Some windows, and how far they have come.
+
+    Attributes:
+        batches: The windows.
+        masks: Bool [B, S] per batch: the tokens that count.
+        states: Per batch, the output of the last block that has run; empty before the first.
+    """
+
+    batches: list[Batch]
+    masks: list[Tensor]
+    states: list[BlockOutput] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that count."""
+        return sum(int(mask.sum()) for mask in self.masks)
+
+
+class LayerStream:
+    """The residual stream of all windows; see the module docstring.
+
+    Args:
+        runner: Runs the model.
+        windows: The windows.
+        groups: Number of groups of texts; at most one per window.
+        batch_size: Windows per forward pass.
+        keep_first: Whether the first token of each window counts, whose activations are massive.
+        max_tokens: Most tokens that count in one group.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        windows: CalibrationWindows,
+        *,
+        groups: int,
+        batch_size: int,
+        keep_first: bool,
+        max_tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._windows = windows
+        count = min(groups, windows.num_windows)
+        ends = [number * windows.num_windows // count for number in range(count + 1)]
+        self.groups: list[TextGroup] = []
+        for start, stop in zip(ends, ends[1:], strict=False):
+            batches = list(_part(windows, slice(start, stop)).batches(batch_size))
+            self.groups.append(TextGroup(batches, counted_tokens(runner, batches, keep_first, max_tokens)))
+
+    def check(self) -> None:
+        """Proves on a few tokens, which no counter counts, that blocks can be run one after the other.
+
+        Raises:
+            UnsupportedModelError: They share more than their return value.
+        """
+        first = next(iter(self._windows.batches(1)))
+        runner = BlockRunner(self._runner.model, self._runner.stack.layout.stack)
+        runner.check_replay(first if first.extra else Batch(first.input_ids[:, :_TRIED]))
+
+    def advance(
+        self,
+        group: TextGroup,
+        block: int,
+        visits: Mapping[nn.Module, Callable[[Tensor, Any], None]],
+        begin: Callable[[Tensor], None],
+    ) -> None:
+        """Runs one group from where it is to the end of a block.
+
+        Args:
+            group: One of `groups`.
+            block: The block.
+            visits: See `BlockRunner.observe`; modules of that block.
+            begin: Called with the mask of each batch before it runs.
+        """
+        for number, (batch, mask) in enumerate(zip(group.batches, group.masks, strict=True)):
+            begin(mask)
+            start = group.states[number] if number < len(group.states) else None
+            state = self._runner.observe(batch, visits, start=start, stop=block)
+            if start is None:
+                group.states.append(state)
+            else:
+                group.states[number] = state
+
+    @property
+    def stored_values(self) -> int:
+        """Number of values held between blocks."""
+        sizes: list[int] = []
+
+        def count(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        for group in self.groups:
+            for state in group.states:
+                map_tensors(state.value, count)
+        return sum(sizes)
+
+
+def counted_tokens(runner: BlockRunner, batches: Iterable[Batch], keep_first: bool, most: int) -> list[Tensor]:
+    """Which tokens count: not padding, nor the first token of each window unless `keep_first` says so.
+
+    Of more than `most` of them, evenly spaced ones do, no matter how windows are batched.
+
+    Returns:
+        Bool [B, S] per batch, on the CPU.
+    """
+    masks = [runner.positions(batch) for batch in batches]
+    masks = masks if keep_first else [content_mask(mask) for mask in masks]
+    total = sum(int(mask.sum()) for mask in masks)
+    if total <= most:
+        return masks
+    chosen, before = [], 0
+    for mask in masks:
+        number = before + mask.flatten().cumsum(0).view_as(mask)
+        before += int(mask.sum())
+        chosen.append(mask & (number * most // total > (number - 1) * most // total))
+    return chosen
+
+
+def _part(windows: CalibrationWindows, rows: slice) -> CalibrationWindows:
+    """Some of the windows; the fingerprint stays that of all."""
+    return replace(
+        windows,
+        input_ids=windows.input_ids[rows],
+        attention_mask=None if windows.attention_mask is None else windows.attention_mask[rows],
+        extra={name: tensors[rows] for name, tensors in windows.extra.items()},
+        labels=None if windows.labels is None else windows.labels[rows],
+    )
