@@ -73,9 +73,8 @@ def choose(
         # Whatever the choice will be, as many blocks must be able to go.
         check_plan(model, _any_choice(layout, removable, num_remove))
     windows = _calibrate(stack, recipe, tokenizer, report)
-    runner = BlockRunner(model, recipe.stack)
     context = SearchContext(
-        runner=runner,
+        runner=BlockRunner(model, recipe.stack),
         windows=windows,
         options=options,
         num_remove=num_remove,
@@ -91,11 +90,15 @@ def choose(
         plan = strategy.select(context)
     _check_choice(plan, context, recipe.strategy)
     check_plan(model, plan)
-    report.block_forwards = runner.counters.block_forwards
-    report.head_forwards = runner.counters.head_forwards
-    report.naive_block_forwards = plan.details.get("naive_block_forwards")
-    report.tokens = windows.num_tokens if windows is not None else None
+    _record_cost(report, plan, context)
     return plan
+
+
+def _record_cost(report: PruningReport, plan: PruningPlan, context: SearchContext) -> None:
+    report.block_forwards = context.runner.counters.block_forwards
+    report.head_forwards = context.runner.counters.head_forwards
+    report.naive_block_forwards = plan.details.get("naive_block_forwards")
+    report.tokens = context.windows.num_tokens if context.windows is not None else None
 
 
 def _provenance(
