@@ -40,7 +40,7 @@ from optimum_blockprune.widths import Narrowing, Width
 
 
 # What is removed, and by which strategy with which options.
-NETWORK = {"groups": 8, "components": 64, "restarts": 3}
+NETWORK = {"groups": 4, "components": 64, "restarts": 3}
 MLP: dict[str, tuple[str, dict[str, Any]]] = {
     "bip (paper: l1)": ("bip", {"families": "mlp"}),
     "bip, l2": ("bip", {"families": "mlp", "reduction": "l2"}),
@@ -194,8 +194,11 @@ def _dense_folder(model: str | None) -> Path:
 
 
 def _news() -> Path:
-    """News of the Australian Broadcasting Corporation that gensim carries as test data."""
-    return package_dir("gensim") / "test/test_data/lee_background.cor"
+    """News of the Australian Broadcasting Corporation that gensim carries as test data, one article per line."""
+    lines = (package_dir("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8").splitlines()
+    target = FOLDER / "news.txt"
+    target.write_text("\n\n".join(line for line in lines if line.strip()), encoding="utf-8")
+    return target
 
 
 def _table(report: dict[str, Any], texts: list[str]) -> str:
@@ -221,8 +224,8 @@ def _lines(report: dict[str, Any], texts: list[str]) -> Iterator[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder; default: the SmolLM2-135M that a package carries")
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--eval-windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--eval-windows", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--text", action="append", default=[], type=_named, metavar="NAME=PATH")
     parser.add_argument("--output", help="JSON file")
