@@ -40,7 +40,7 @@ from optimum_blockprune.widths import Narrowing, Width
 
 
 # What is removed, and by which strategy with which options.
-NETWORK = {"groups": 4, "components": 64, "restarts": 3}
+NETWORK = {"groups": 2, "components": 64, "restarts": 1}
 MLP: dict[str, tuple[str, dict[str, Any]]] = {
     "bip (paper: l1)": ("bip", {"families": "mlp"}),
     "bip, l2": ("bip", {"families": "mlp", "reduction": "l2"}),

@@ -119,10 +119,13 @@ def decided(stack: BlockStack, found: Found) -> UnitGroup:
     some = tuple(unit for unit in range(group.units) if unit % 3)
     # A second choice that shares no pattern with the first: one alone may be right by accident.
     first_half = tuple(range((group.units + 1) // 2))
+    dense = _outputs(call, block, group)
     truths = []
     for kept in (some, first_half):
         with units_off(block, [(group, kept)]):
             truths.append((kept, _outputs(call, block, group)))
+        if _close(truths[-1][1][0], dense[0]):
+            raise UnsupportedModelError(f"{subject} give nothing on made-up tokens, so that nothing can be tried")
     failure = _expected_failure(group)
     for candidate, reads_config in product(found.candidates, (False, True)):
         tried = replace(candidate, reads_config=reads_config)
@@ -163,6 +166,8 @@ def _outputs(call: Callable[[nn.Module], Any], block: nn.Module, group: UnitGrou
             output = hidden_of(call(block))
     finally:
         handle.remove()
+    if not seen:
+        raise UnsupportedModelError(f"'{group.writer}' does not run on made-up tokens, so that nothing can be tried")
     return seen[-1], output
 
 

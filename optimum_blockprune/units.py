@@ -238,10 +238,9 @@ class _Reader:
         old, new = self.shapes[name]
         axes = [axis for axis, (one, other) in enumerate(zip(old, new, strict=True)) if one != other]
         if len(axes) != 1 or len(old) > 2:
-            raise UnsupportedModelError(
-                f"{self.subject} shapes '{name}' {list(old)}: experts that are stacked in one tensor cannot lose "
-                "channels exactly in this version"
-            )
+            experts = "experts that are stacked in one tensor cannot lose channels exactly in this version"
+            reason = experts if "expert" in name else "not along one axis of a plain projection"
+            raise UnsupportedModelError(f"{self.subject} shapes '{name}' {list(old)}: {reason}")
         return axes[0]
 
     def _group(self, writer: str, names: list[str]) -> tuple[UnitGroup, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .blocks import BlockStack
 from .errors import ConfigurationError, UnsupportedModelError
+from .plan import PruningPlan
 from .recipe import Recipe
 from .strategies.base import Place, PruningStrategy, WidthTask
 from .template import quiet
@@ -27,6 +28,9 @@ def width_task(stack: BlockStack, recipe: Recipe, strategy: type[PruningStrategy
         ConfigurationError: The budget cannot be met, or the layout does not fit the protected blocks.
         UnsupportedModelError: The model has no such units that can be cut exactly.
     """
+    layout = stack.layout
+    # What cannot be pruned at all is refused before it runs for the first time: some models change when they do.
+    layout.check(PruningPlan.from_removed(layout.model_type, layout.num_blocks, (), stack=layout.stack))
     groups, blocks = usable_units(stack, strategy.families_of(options), recipe.layout)
     with quiet():
         allowed = tuple(_allowed(stack, group, recipe) for group in groups)
