@@ -36,7 +36,7 @@ from .caching import cache_error, relative_error
 from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
 from .inputs import probe_batch
 from .narrowing import width_off
-from .per_layer import as_plain, narrowed_class
+from .per_layer import as_plain, narrowed_class, refuse_own_widths
 from .plan import PruningPlan
 from .runner import BlockRunner
 from .skeleton import load_skeleton
@@ -78,6 +78,7 @@ def check_mode(verify: str) -> None:
 
 def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     """Runs the dense model on a fixed random probe with the plan's blocks switched off; `model` is not changed."""
+    refuse_own_widths(model.config)
     layout = layout_for(model, plan.stack)
     layout.check(plan)
     batch = probe_batch(model, layout)

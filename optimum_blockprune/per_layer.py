@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .blocks import find_blocks
-from .errors import UnsupportedModelError
+from .errors import PlanError, UnsupportedModelError
 from .narrowing import narrow
 from .plan import PruningPlan
 
@@ -45,6 +46,7 @@ def narrowed_class(kind: type[PreTrainedModel], plan: PruningPlan) -> type[PreTr
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             blocks = find_blocks(self, plan.stack).blocks
+            _require_fit(plan, blocks)
             for each in plan.width.narrowed:
                 group = plan.width.groups[each.group]
                 block = blocks[plan.kept_blocks.index(each.block)]
@@ -52,6 +54,24 @@ def narrowed_class(kind: type[PreTrainedModel], plan: PruningPlan) -> type[PreTr
 
     Narrowed.__name__, Narrowed.__qualname__, Narrowed.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Narrowed
+
+
+def _require_fit(plan: PruningPlan, blocks: nn.ModuleList) -> None:
+    """Raises for a plan that came into the folder from elsewhere."""
+    problem = (
+        None if len(blocks) == len(plan.blocks) else f"it keeps {len(plan.blocks)} blocks, there are {len(blocks)}"
+    )
+    for each in plan.width.narrowed if problem is None else ():
+        group = plan.width.groups[each.group]
+        shapes = {name: t.shape for name, t in blocks[plan.kept_blocks.index(each.block)].named_parameters()}
+        for cut in group.tensors:
+            if cut.name not in shapes or shapes[cut.name][cut.axis] != cut.size(group.units):
+                problem = problem or f"it cuts '{cut.name}' into {group.units} units, which does not fit"
+    if problem is not None:
+        raise PlanError(
+            f"The plan in the folder belongs to another model: {problem}. Restore the pruning_plan.json that was "
+            "written with it."
+        )
 
 
 def as_plain(model: PreTrainedModel, kind: type[PreTrainedModel]) -> PreTrainedModel:

@@ -33,6 +33,22 @@ def check_ranking(task: WidthTask, ranking: str) -> None:
             "ranking='global' gives every block its own width, which layout='uniform' does not have: use "
             "layout='padded' or 'per_layer' (--layout), or ranking='uniform'."
         )
+    for places in _by_family(task).values() if ranking == "global" else ():
+        floors, units = sum(_floor(task, place) for place in places), sum(place.units for place in places)
+        if floors > sum(place.keep for place in places):
+            largest = math.floor((1 - floors / units) * 10_000) / 10_000
+            raise ConfigurationError(
+                f"ranking='global' keeps a tenth of the channels of every block, {floors} of {units}, which is more "
+                f"than this budget leaves. The largest possible sparsity is {largest}."
+            )
+
+
+def _by_family(task: WidthTask) -> dict[str, list[Place]]:
+    """The free places of every family that has some."""
+    found: dict[str, list[Place]] = {}
+    for place in task.free:
+        found.setdefault(task.group_of(place).family, []).append(place)
+    return found
 
 
 def kept_units(task: WidthTask, scores: Scores, ranking: str) -> tuple[dict[Place, tuple[int, ...]], dict[str, Any]]:
@@ -54,10 +70,7 @@ def kept_units(task: WidthTask, scores: Scores, ranking: str) -> tuple[dict[Plac
         return {place: _best(scores[place], place.keep) for place in task.free}, {}
     kept: dict[Place, tuple[int, ...]] = {}
     thresholds: dict[str, float] = {}
-    for family in dict.fromkeys(group.family for group in task.groups):
-        places = [place for place in task.free if task.group_of(place).family == family]
-        if not places:
-            continue
+    for family, places in _by_family(task).items():
         counts = _global_counts(task, places, scores)
         kept |= {place: _best(scores[place], counts[place]) for place in places}
         removed = [
