@@ -154,6 +154,12 @@ class BlockPruner:
         configs = list(config) if isinstance(config, (list, tuple)) else [config or self.config]
         if not configs:
             raise ConfigurationError("The list of configurations is empty.")
+        layouts = [each.layout for each in configs if removes(each.recipe) == "width"]
+        if len(layouts) > 1 and (len(set(layouts)) > 1 or "padded" in layouts):
+            raise ConfigurationError(
+                f"Widths of layouts {', '.join(layouts)} cannot be joined in one plan: use 'uniform' for all of them "
+                "or 'per_layer' for all, or prune twice into two folders."
+            )
         self.config = configs[-1]
         return configs
 

@@ -25,6 +25,7 @@ from optimum_blockprune.strategies.base import SearchContext
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results" / "sleb_search.json"
+WIDTH = ROOT / "benchmarks" / "results" / "width.json"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -107,3 +108,12 @@ def test_quoted_figures_are_those_of_the_benchmark() -> None:
         assert f"{row['block_forwards']:,}" in page and f"{row['seconds']:.1f}" in page
     assert f"{result['block_forward_ratio']:.3f}" in page
     assert result["same_blocks"] and result["naive"]["removed"] == result["prefix"]["removed"]
+
+
+def test_quoted_figures_of_width_are_those_of_the_benchmark() -> None:
+    result, page = json.loads(WIDTH.read_text()), (ROOT / "docs" / "width.md").read_text(encoding="utf-8")
+    lines = [line.split() for line in page.splitlines()]
+    assert len(result["results"]) >= 14
+    for row in [{"perplexity": result["dense"]["perplexity"]}, *result["results"]]:
+        quoted = [f"{value:,.2f}" for value in row["perplexity"].values()]
+        assert any(set(quoted) <= set(line) for line in lines), row

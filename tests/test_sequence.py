@@ -19,7 +19,7 @@ from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, Pru
 from optimum_blockprune import gate as gate_module
 from optimum_blockprune import pruner as pruner_module
 from optimum_blockprune import sequence as sequence_module
-from optimum_blockprune.errors import ConfigurationError, PlanError, UnsupportedModelError, VerificationError
+from optimum_blockprune.errors import ConfigurationError, UnsupportedModelError, VerificationError
 from optimum_blockprune.gate import prove_live
 from optimum_blockprune.sequence import apply_in_order
 
@@ -147,7 +147,7 @@ def test_layouts_that_cannot_be_joined_leave_no_trace() -> None:
     for first, second in (("padded", "padded"), ("uniform", "per_layer")):
         model = tiny_model("llama", 2)
         before = snapshot(model)
-        with pytest.raises(PlanError, match=f"of layout '{first}' and '{second}' cannot be joined in one plan"):
+        with pytest.raises(ConfigurationError, match=f"of layouts {first}, {second} cannot be joined in one plan"):
             BlockPruner(model).prune(config=[width("mlp", layout=first), width("attention", layout=second)])
         assert_unchanged(model, before)
 
