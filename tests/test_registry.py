@@ -51,12 +51,14 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
 
 def test_every_built_in_strategy_is_available() -> None:
     built_in = {entry.name for entry in entry_points(group=GROUP) if entry.dist.name == "optimum-blockprune"}
-    assert built_in >= {"angular", "manual", "mi_prun", "random", "shortgpt", "sleb"}
+    width = {"bip", "functional_network", "magnitude"}
+    assert built_in >= {"angular", "manual", "mi_prun", "random", "shortgpt", "sleb", *width}
     strategies = available_strategies()
     assert list(strategies) == sorted(strategies)
     for name in built_in:
         info = strategies[name]
-        assert (info.name, info.available, info.error, info.unit) == (name, True, None, "block")
+        unit = "width" if name in width else "block"
+        assert (info.name, info.available, info.error, info.unit) == (name, True, None, unit)
         assert info.summary
 
 
