@@ -46,6 +46,10 @@ class Batch:
             None if labels is None else labels.to(device),
         )
 
+    def beginning(self, length: int = 16) -> Batch:
+        """Returns the first tokens of every window, padded or not; a batch with further inputs stays whole."""
+        return self if self.extra else Batch(self.input_ids[:, :length])
+
     def rows(self, rows: slice) -> Batch:
         """Returns some of the windows; further inputs without a row per window are passed on whole."""
         windows = len(self.input_ids)

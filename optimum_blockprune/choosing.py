@@ -15,7 +15,7 @@ from .batches import CalibrationWindows
 from .blocks import BlockStack, find_blocks
 from .calibration import WindowSpec, build_windows
 from .environment import versions
-from .errors import CalibrationError, PlanError, UnsupportedModelError
+from .errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
 from .inputs import positions_of, vocabulary_of
 from .per_layer import refuse_own_widths
 from .plan import PruningPlan
@@ -68,6 +68,7 @@ def choose(
         task = width_task(stack, recipe, type(strategy), options)
         check_plan(model, _any_width(layout, task))
     else:
+        _refuse_width_fields(recipe)
         removable = _removable(recipe, strategy, stack)
         num_remove = _budget(recipe, stack, removable)
         # Whatever the choice will be, as many blocks must be able to go.
@@ -92,6 +93,16 @@ def choose(
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
+
+
+def _refuse_width_fields(recipe: Recipe) -> None:
+    """A field that would be ignored is an error."""
+    given = [name for name in ("layout", "align") if getattr(recipe, name) != getattr(Recipe, name)]
+    if given:
+        raise ConfigurationError(
+            f"{' and '.join(given)} only count for strategies that remove channels and heads; '{recipe.strategy}' "
+            "removes blocks. Leave them out."
+        )
 
 
 def _record_cost(report: PruningReport, plan: PruningPlan, context: SearchContext) -> None:

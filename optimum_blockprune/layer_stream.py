@@ -22,10 +22,6 @@ from .runner import BlockOutput, BlockRunner
 from .stand_ins import map_tensors
 
 
-# Tokens of a window that replaying is tried on.
-_TRIED = 16
-
-
 @dataclass(eq=False)
 class TextGroup:
     """Some windows, and how far they have come.
@@ -85,7 +81,7 @@ class LayerStream:
         """
         first = next(iter(self._windows.batches(1)))
         runner = BlockRunner(self._runner.model, self._runner.stack.layout.stack)
-        runner.check_replay(first if first.extra else Batch(first.input_ids[:, :_TRIED]))
+        runner.check_replay(first.beginning())
 
     def advance(
         self,

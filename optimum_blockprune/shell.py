@@ -29,6 +29,7 @@ from .plan import PruningPlan
 from .pruner import BlockPruner
 from .registry import available_strategies
 from .saving import check_output
+from .widths import spelled
 
 
 # Fields that matter to `run --blocks ... --eval-dataset D`, where nothing is searched.
@@ -139,13 +140,7 @@ def _described(check: Check) -> str:
 
 def _ranges(blocks: Iterable[int]) -> str:
     """Spells ascending numbers as `0-2, 7`."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return spelled(blocks).replace(",", ", ")
 
 
 def strategies(args: Namespace) -> None:

@@ -274,3 +274,9 @@ def test_held_out_text_is_taken_from_the_best_split(splits, chosen) -> None:
 def test_text_without_splits_is_taken_whole() -> None:
     for dataset in (TEXTS, "file.txt", datasets.Dataset.from_dict({"text": TEXTS})):
         assert held_out_split(dataset) == "test"
+
+
+@pytest.mark.parametrize("field", [{"layout": "padded"}, {"align": 64}], ids=str)
+def test_fields_of_width_are_refused_where_blocks_go(field: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="only count for strategies that remove channels and heads; 'sleb'"):
+        toy_pruner(**field).make_plan()

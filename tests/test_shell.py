@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import output, refusal, run
 from families import plain_logits, random_ids, silenced, tiny_model
 from huggingface_hub import ModelCard
 from optimum.utils import logging
@@ -22,7 +22,6 @@ from toys import NUM_BLOCKS, assert_same_weights, config, files_below, text, toy
 from transformers import AutoModelForCausalLM
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, available_strategies
-from optimum_blockprune.commands import BlockPruneCommand
 
 
 SLEB = ["--strategy", "sleb", "--num-blocks", "2", "--num-samples", "4", "--seqlen", "16", "--batch-size", "2"]
@@ -46,32 +45,6 @@ def verbosity() -> Iterator[None]:
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)
-
-
-def run(*words: object) -> None:
-    """Parses and runs a command line as `optimum-cli` does."""
-    parser = ArgumentParser("optimum-cli")
-    BlockPruneCommand(parser.add_subparsers())
-    args = parser.parse_args(["blockprune", *map(str, words)])
-    args.func(args).run()
-
-
-def output(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """What a command prints on stdout."""
-    capsys.readouterr()
-    run(*words)
-    return capsys.readouterr().out
-
-
-def refusal(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one line with which a command is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(*words)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and "Traceback" not in err
-    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-    return line
 
 
 # run

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import output, refusal, run
 from families import block_list, plain_logits, random_ids, tiny_model
 from huggingface_hub import ModelCard
 from optimum.utils import logging
@@ -19,7 +19,6 @@ from toys import assert_same_weights, files_below, toy_folder
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
-from optimum_blockprune.commands import BlockPruneCommand
 from optimum_blockprune.loading import load_model
 
 
@@ -38,32 +37,6 @@ def verbosity() -> Iterator[None]:
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)
-
-
-def run(*words: object) -> None:
-    """Parses and runs a command line as `optimum-cli` does."""
-    parser = ArgumentParser("optimum-cli")
-    BlockPruneCommand(parser.add_subparsers())
-    args = parser.parse_args(["blockprune", *map(str, words)])
-    args.func(args).run()
-
-
-def output(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """What a command prints on stdout."""
-    capsys.readouterr()
-    run(*words)
-    return capsys.readouterr().out
-
-
-def refusal(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The one line with which a command is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(*words)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == "" and "Traceback" not in err
-    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-    return line
 
 
 def parameters_in(folder: Path) -> int:

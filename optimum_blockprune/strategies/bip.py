@@ -40,8 +40,6 @@ logger = logging.get_logger("optimum.blockprune.bip")
 REDUCTIONS = ("l1", "l2")
 EXACT = "exact"
 PROPAGATIONS = (PAPER, LOCAL, EXACT, NONE)
-# Tokens of a window that replaying is tried on.
-_TRIED = 16
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ class _Search:
         first = next(iter(self._windows.batches(1)))
         # A runner of its own: these few tokens do not count as calibration.
         runner = BlockRunner(self._context.runner.model, self._context.runner.stack.layout.stack)
-        runner.check_replay(first if first.extra else Batch(first.input_ids[:, :_TRIED]))
+        runner.check_replay(first.beginning())
 
 
 def _comparable(scores: list[float], measured: OutputBounds | UnitEffects, place: Place) -> list[float]:

@@ -105,7 +105,7 @@ class _Search:
             first = next(iter(self.windows.batches(1)))
             # A runner of its own: these few tokens are no calibration window and do not count as one.
             runner = BlockRunner(self.runner.model, self.runner.stack.layout.stack)
-            runner.check_replay(first if first.extra else Batch(first.input_ids[:, :16]))
+            runner.check_replay(first.beginning())
 
     def step(self, removed: list[int], title: str, *, with_dense: bool) -> dict[int | None, float]:
         """Returns the loss (nats per prediction) by candidate; key `None` is the model as it is, where asked."""
