@@ -10,6 +10,7 @@
     ├── CheckpointError          the source files are incomplete, malformed or of another format
     ├── UnsupportedModelError    this model (or the way it is loaded) cannot be pruned exactly
     ├── OutputError              the output folder exists, is full or may not be written
+    ├── HubError                 the Hub refused an upload or could not be reached
     └── VerificationError        the result was built and did not pass the gate
 
 A message says what was received, what is allowed and which argument or command mends it.
@@ -55,6 +56,10 @@ class UnsupportedModelError(BlockPruningError):
 
 class OutputError(BlockPruningError):
     """The output cannot be written where it was asked for."""
+
+
+class HubError(BlockPruningError):
+    """The Hub refused an upload or could not be reached; the message names the whole folder and how to resume."""
 
 
 class VerificationError(BlockPruningError):

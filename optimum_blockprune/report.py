@@ -38,7 +38,20 @@ class PruningReport:
         verification: Which parts of the gate the saved folder passed.
         loader, task: The class that loads the result, and what it does, in the Hub's words.
         runtimes: For other runtimes (vLLM, llama.cpp): whether they read the result as transformers does, and why not.
+        options, seed: Of the strategy, as used.
+        scores: Score of each block on the dense model, by block number as a string; see `PruningPlan.scores`.
+        steps: One entry per decision of the search, in order; see `PruningPlan.steps`.
+        widths: By family of units (`"mlp"`, `"attention"`): `units` (of a dense block) and `kept`, one number per
+            block of the dense model, `None` for a block that is gone.
+        base: What is known of the dense model: `model` (repo id or path), `revision` (commit), `license`,
+            `license_name`, `license_link`, `language` (list of codes), `card` (where these were read).
+        history: Earlier prunings of the dense model, oldest first: their `block_pruning` entries.
+        command: The command line that makes the same checkpoint again.
+        depths: One entry per measured depth of one order of removal, the dense model first: `removed`, `blocks`,
+            `parameters`, `size_bytes` and, where text was given, what `evaluate` measures.
         evaluations: Every evaluation with its settings and token counts, in order.
+        task_results: One entry per model (`label`) and benchmark task (`task`): `samples`, `metrics` with standard
+            errors (`acc`, `acc_stderr`, ...), `primary` (name of the metric to quote), `num_fewshot`, `source`.
         versions: Package versions.
     """
 
@@ -60,7 +73,17 @@ class PruningReport:
     loader: str | None = None
     task: str | None = None
     runtimes: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    widths: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = None
+    depths: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    task_results: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
