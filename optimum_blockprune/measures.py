@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NoReturn
 
 import torch
@@ -109,18 +109,18 @@ def dpi_violation_rate(scores: Tensor, tolerance: float = 1e-9) -> float:
 
 
 class BoundaryDistance:
-    """Mean distance between each boundary and the one `gap` blocks later, streamed; holds `gap` states of one batch.
+    """Mean distance between each boundary and the one some blocks later, streamed; holds that many states of a batch.
 
     Args:
-        gap: Number of blocks in between, at least 1.
+        gaps: Numbers of blocks in between, each at least 1.
         distance: Maps two sets of states [m, d] to m distances.
     """
 
-    def __init__(self, gap: int, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._gap = gap
+    def __init__(self, gaps: Collection[int], distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._gaps = tuple(gaps)
         self._distance = distance
-        self._recent: deque[Tensor] = deque()
-        self._sums: dict[int, Tensor] = {}
+        self._recent: deque[Tensor] = deque(maxlen=max(gaps) + 1)
+        self._sums: dict[tuple[int, int], Tensor] = {}
         self._tokens = torch.empty(0)
         self.count = 0
 
@@ -135,15 +135,16 @@ class BoundaryDistance:
         self._tokens = self._tokens.to(hidden.device)
         states = hidden.flatten(0, 1).index_select(0, self._tokens)
         self._recent.append(states)
-        if len(self._recent) > self._gap:
-            start = position - self._gap
-            distances = self._distance(self._recent.popleft().to(states.device), states)
-            total = distances.to(_fp64_device(distances.device)).double().sum()
-            self._sums[start] = self._sums[start] + total if start in self._sums else total
+        for gap in self._gaps:
+            if len(self._recent) > gap:
+                distances = self._distance(self._recent[-1 - gap].to(states.device), states)
+                total = distances.to(_fp64_device(distances.device)).double().sum()
+                key = (gap, position - gap)
+                self._sums[key] = self._sums[key] + total if key in self._sums else total
 
-    def means(self) -> list[float]:
+    def means(self, gap: int) -> list[float]:
         """Entry a: mean distance between boundaries a and a + gap."""
-        return [float(self._sums[start]) / self.count for start in sorted(self._sums)]
+        return [float(self._sums[key]) / self.count for key in sorted(self._sums) if key[0] == gap]
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:

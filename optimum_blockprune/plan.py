@@ -54,6 +54,8 @@ class PruningPlan:
         options: The options of the strategy as used.
         seed: Seed of the choice.
         versions: Versions of the packages that made the plan.
+        nested: Whether a smaller budget would have removed a prefix of `removed_blocks`; `None` if nobody knows.
+        smaller: Where it would not: what each smaller number of blocks would have been, by that number as a string.
 
     Raises:
         PlanError: When the parts contradict each other.
@@ -75,6 +77,8 @@ class PruningPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    nested: bool | None = None
+    smaller: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -113,7 +117,12 @@ class PruningPlan:
 
         layout = layout_for(model_or_config, stack)
         plan = cls.from_removed(
-            layout.model_type, layout.num_blocks, removed, base_model=layout.base_model, stack=layout.stack
+            layout.model_type,
+            layout.num_blocks,
+            removed,
+            base_model=layout.base_model,
+            stack=layout.stack,
+            nested=True,
         )
         layout.check(plan)
         return plan
@@ -147,6 +156,49 @@ class PruningPlan:
     def with_provenance(self, **fields: Any) -> PruningPlan:
         """Returns a copy with some descriptive fields replaced."""
         return replace(self, **fields)
+
+    def truncate(self, num_blocks: int) -> PruningPlan:
+        """Returns the plan that the same search would have made for fewer blocks, without searching again.
+
+        Of a nested order (greedy removal, rankings) that is a prefix; other plans know their own best choice for every
+        smaller number (`smaller`), which need not be part of the larger one.
+
+        Args:
+            num_blocks: Number of blocks to remove, from 0 to as many as this plan removes.
+
+        Raises:
+            PlanError: The plan removes fewer blocks, removes width as well, or does not know.
+        """
+        most = len(self.removed_blocks)
+        if self.width or not most:
+            raise PlanError("Only a plan that removes whole blocks, and nothing else, can be cut short.")
+        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 0 <= num_blocks <= most:
+            raise PlanError(f"This plan removes {most} blocks; {num_blocks!r} is not a number from 0 to {most}.")
+        if num_blocks == most:
+            return self
+        details: dict[str, Any] = {"truncated_from": most}
+        order, steps, smaller = self.removed_blocks[:num_blocks], (), {}
+        if self.nested:
+            steps = self.steps[:num_blocks] if len(self.steps) == most else ()
+            details = {**self.details, **details}
+        elif num_blocks:
+            if str(num_blocks) not in self.smaller:
+                raise PlanError(
+                    f"This plan of '{self.strategy}' does not say what it would have removed for {num_blocks} blocks: "
+                    f"choose again with num_blocks={num_blocks}."
+                )
+            order = self.smaller[str(num_blocks)]
+            smaller = {count: blocks for count, blocks in self.smaller.items() if int(count) < num_blocks}
+        gone = set(order)
+        return replace(
+            self,
+            blocks=tuple(BlockSource(block, block) for block in range(self.num_blocks) if block not in gone),
+            removed_blocks=tuple(order),
+            requested={"num_blocks": num_blocks},
+            steps=steps,
+            details=details,
+            smaller=smaller,
+        )
 
     def then(self, second: PruningPlan) -> PruningPlan:
         """Returns the one plan for this one and another that was made for its result.
@@ -224,6 +276,7 @@ class PruningPlan:
                     "removed_blocks": tuple(data["removed_blocks"]),
                     "width": Width.from_dict(data["width"]) if "width" in data else Width(),
                     "steps": tuple(data.get("steps", ())),
+                    "smaller": {count: tuple(each) for count, each in data.get("smaller", {}).items()},
                 }
             )
         except PlanError:
@@ -275,6 +328,13 @@ def _validate(plan: PruningPlan) -> None:
         raise PlanError(f"This version keeps whole blocks only; {split[0]} joins the halves of two blocks.")
     if not plan.blocks:
         raise PlanError("The plan removes every block; at least one must stay.")
+    for count, blocks in plan.smaller.items():
+        if (
+            len(set(blocks)) != len(blocks)
+            or str(len(blocks)) != count
+            or not set(blocks) <= set(range(plan.num_blocks))
+        ):
+            raise PlanError(f"The plan's choice for {count} blocks, {list(blocks)}, is none.")
     gone = set(plan.removed_blocks)
     expected = [index for index in range(plan.num_blocks) if index not in gone]
     if list(plan.kept_blocks) != expected or not gone <= set(range(plan.num_blocks)):

@@ -171,27 +171,28 @@ def test_half_precision_is_widened_first() -> None:
 @pytest.mark.parametrize("gap", [1, 2, 4])
 def test_boundary_distance_streams(gap: int) -> None:
     boundaries = normal(5, 6, 3, 8)  # [T+1, B, S, d]
-    distance = BoundaryDistance(gap, block_influence)
+    distance = BoundaryDistance({1, gap}, block_influence)
     for windows in (slice(0, 4), slice(4, 6)):
         part = boundaries[:, windows]
         distance.begin(torch.arange(part.shape[1] * 3))
         for position, hidden in enumerate(part):
             distance.visit(position, hidden)
     flat = boundaries.flatten(1, 2)
-    expected = [float(block_influence(flat[a], flat[a + gap]).mean()) for a in range(5 - gap)]
     assert distance.count == 18
-    assert distance.means() == pytest.approx(expected, rel=1e-12)
+    for each in (1, gap):
+        expected = [float(block_influence(flat[a], flat[a + each]).mean()) for a in range(5 - each)]
+        assert distance.means(each) == pytest.approx(expected, rel=1e-12)
 
 
 def test_boundary_distance_keeps_no_view_of_what_it_saw() -> None:
-    distance = BoundaryDistance(1, block_influence)
+    distance = BoundaryDistance([1], block_influence)
     distance.begin(torch.tensor([0, 1]))
     reused = normal(1, 2, 4)
     second = normal(1, 2, 4, seed=1)
     expected = float(block_influence(reused[0], second[0]).mean())
     distance.visit(0, reused)
     distance.visit(1, reused.copy_(second))
-    assert distance.means() == pytest.approx([expected])
+    assert distance.means(1) == pytest.approx([expected])
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -187,6 +187,8 @@ class SearchContext:
         scores: Mapping[int, float] | None = None,
         steps: Sequence[Mapping[str, Any]] = (),
         details: Mapping[str, Any] | None = None,
+        nested: bool | None = None,
+        smaller: Mapping[int, Iterable[int]] | None = None,
     ) -> PruningPlan:
         """Builds the plan that removes `removed` (original indices, in the order of removal).
 
@@ -195,10 +197,14 @@ class SearchContext:
             scores: Score of every block, measured on the dense model.
             steps: One JSON object per decision.
             details: Further figures for the report.
+            nested: Whether a smaller budget would have removed a prefix of `removed`; see `PruningPlan.truncate`.
+            smaller: If not: what it would have removed, by number of blocks.
         """
         return PruningPlan.from_removed(
             num_blocks=self.runner.num_blocks,
             removed=removed,
+            nested=nested,
+            smaller={str(count): tuple(blocks) for count, blocks in (smaller or {}).items()},
             scores={str(block): score for block, score in (scores or {}).items()},
             steps=tuple(steps),
             details=dict(details or {}),

@@ -47,4 +47,4 @@ class Manual(PruningStrategy):
                 f"The budget is {context.num_remove} blocks, but blocks={context.options.blocks!r} names "
                 f"{len(blocks)}: set num_blocks={len(blocks)}."
             )
-        return context.plan(blocks)
+        return context.plan(blocks, nested=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from optimum.utils import logging
@@ -84,7 +85,8 @@ class MIPrun(PruningStrategy):
     2. The estimator scores all runs: state before the run against state after it, same token.
     3. The search chooses runs with `num_remove` blocks in all. No block is protected, as in the paper.
 
-    Nothing is measured again after a removal. The plan lists the blocks of the best run first.
+    Nothing is measured again after a removal. The plan lists the blocks of the best run first, and says for every
+    smaller number of blocks what the same scores would have chosen: the choices need not be nested.
 
     Memory: (T + 1) x `chunk_tokens` x d hidden values in the model's own precision, and the estimator's sums, about
     d (T + 1)^2 in fp64 (`histogram`: `coordinates` x T (T + 1) / 2 x `bins`^2 counts); `stored_values` in the plan.
@@ -105,7 +107,8 @@ class MIPrun(PruningStrategy):
         chunk = _measure(context, estimator)
         scores = estimator.all_runs()
         blocks = scores.diagonal(1).tolist()
-        selection = _search(context, estimator, scores=scores, block_scores=blocks)
+        selections = _search(context, estimator, scores=scores, block_scores=blocks)
+        selection = selections.pop(context.num_remove)
         details = {
             "estimator": options.estimator,
             "select": options.select,
@@ -119,22 +122,32 @@ class MIPrun(PruningStrategy):
             "stored_values": chunk.stored_values + estimator.stored_values,
         }
         return context.plan(
-            selection.order, scores=dict(enumerate(blocks)), steps=selection.iterations, details=details
+            selection.order,
+            scores=dict(enumerate(blocks)),
+            steps=selection.iterations,
+            details=details,
+            nested=False,
+            smaller={count: smaller.order for count, smaller in selections.items()},
         )
 
 
 def _search(
     context: SearchContext, estimator: RunEstimator, *, scores: Tensor, block_scores: list[float]
-) -> Selection:
-    budget: dict[str, Any] = {"removable": context.removable, "num_remove": context.num_remove}
+) -> dict[int, Selection]:
+    """What is chosen for every number of blocks up to the budget; all of them are lookups in the same scores."""
     if context.options.select == "dp":
         if not isinstance(estimator, IdentityDecoder):
             logger.warning(
                 "select='dp' maximises a sum of mutual information, which favours many single blocks over runs that "
                 "fit together. Use estimator='identity_decoder' with it, or select='fast'."
             )
-        return best_disjoint_runs(_lookup(estimator.additive_runs()), **budget)
-    return fast_block_select(block_scores, _lookup(scores), k=context.options.k, **budget)
+        return best_disjoint_runs(
+            _lookup(estimator.additive_runs()), removable=context.removable, num_remove=context.num_remove
+        )
+    select = partial(
+        fast_block_select, block_scores, _lookup(scores), removable=context.removable, k=context.options.k
+    )
+    return {count: select(num_remove=count) for count in range(1, context.num_remove + 1)}
 
 
 def _lookup(scores: Tensor) -> RunScore:

@@ -53,6 +53,8 @@ class Random(PruningStrategy):
         """See the class."""
         generator = random.Random(context.seed)
         if context.width is None:
-            return context.plan(generator.sample(context.removable, context.num_remove))
+            # Shuffled whole: a smaller budget takes a prefix of the same order.
+            order = generator.sample(context.removable, len(context.removable))
+            return context.plan(order[: context.num_remove], nested=True)
         kept = {place: generator.sample(range(place.units), place.keep) for place in context.width.free}
         return context.width_plan(kept)

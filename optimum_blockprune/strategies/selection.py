@@ -125,8 +125,8 @@ def fast_block_select(
             return Selection(groups, tuple(map(score, groups)), len(score), tuple(iterations))
 
 
-def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_remove: int) -> Selection:
-    """The set of runs with `num_remove` blocks in all and the highest sum of scores, exactly.
+def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_remove: int) -> dict[int, Selection]:
+    """The sets of runs with the highest sum of scores, exactly, for every number of blocks in all.
 
     Dynamic programming from the last block backwards, O(T N^2):
 
@@ -140,8 +140,12 @@ def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_rem
         removable: Blocks that may be chosen.
         num_remove: N, at least 1 and at most the number of removable blocks.
 
+    Returns:
+        The best set by its number of blocks, 1 to N; one table holds them all. Numbers below N are missing where every
+        solution holds a run that the scores forbid.
+
     Raises:
-        ConfigurationError: N does not fit, or every solution holds a run that the scores forbid.
+        ConfigurationError: N does not fit, or every solution for it holds a run that the scores forbid.
         NonFiniteError: A score is NaN or infinitely good.
     """
     allowed = _checked(removable, num_remove)
@@ -161,8 +165,9 @@ def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_rem
                     value[start][count], length_at[start][count] = total, length
     if value[0][num_remove] == -math.inf:
         raise ConfigurationError(f"No choice of {num_remove} blocks among {allowed} avoids the forbidden runs.")
-    runs = _read_back(length_at, num_remove)
-    return Selection(runs, tuple(map(score, runs)), len(score))
+    evaluations = len(score)
+    found = {count: _read_back(length_at, count) for count in range(1, num_remove + 1) if value[0][count] > -math.inf}
+    return {count: Selection(runs, tuple(map(score, runs)), evaluations) for count, runs in found.items()}
 
 
 def maximal_runs(blocks: Iterable[int]) -> tuple[Run, ...]:

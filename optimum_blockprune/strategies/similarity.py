@@ -8,7 +8,7 @@ and never again after a removal. Neither protects a block by default, as publish
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,10 +42,10 @@ class ShortGPT(PruningStrategy):
 
     def select(self, context: SearchContext) -> PruningPlan:
         """See the class. Raises `NonFiniteError` when a hidden state is NaN or infinite."""
-        influence = _mean_distances(context, BoundaryDistance(1, block_influence), real_tokens)
+        influence = _mean_distances(context, [1], block_influence, real_tokens)[1]
         removed = sorted(context.removable, key=lambda block: (influence[block], block))[: context.num_remove]
         steps = [{"block": block, "block_influence": influence[block]} for block in removed]
-        return context.plan(removed, scores=dict(enumerate(influence)), steps=steps)
+        return context.plan(removed, scores=dict(enumerate(influence)), steps=steps, nested=True)
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Angular(PruningStrategy):
     1. One forward pass: for every start a, the mean of arccos(cos) / pi between the states before block a and before
        block a + num_remove.
     2. Remove the run with the smallest value; equal values by index. Only runs without a protected block compete.
+
+    The same pass compares shorter runs, so that the plan also knows the best run of every smaller number of blocks.
     """
 
     name: ClassVar[str] = "angular"
@@ -83,31 +85,44 @@ class Angular(PruningStrategy):
             NonFiniteError: A hidden state is NaN or infinite.
         """
         length, removable = context.num_remove, set(context.removable)
-        starts = [start for start in context.removable if removable.issuperset(range(start, start + length))]
-        if not starts:
+        lengths = range(1, length + 1)
+        starts = {
+            n: [start for start in context.removable if removable.issuperset(range(start, start + n))] for n in lengths
+        }
+        if not starts[length]:
             raise ConfigurationError(
                 f"angular removes consecutive blocks, and no {length} consecutive blocks are removable among "
                 f"{list(context.removable)}. Ask for fewer blocks or protect fewer."
             )
-        measure = BoundaryDistance(length, angular_distance)
-        distances = _mean_distances(context, measure, TOKENS[context.options.tokens])
-        best = min(starts, key=lambda start: (distances[start], start))
-        steps = [{"start": best, "length": length, "distance": distances[best]}]
-        scores = dict(enumerate(distances)) if length == 1 else None  # a longer run's distance is no block's score
-        return context.plan(range(best, best + length), scores=scores, steps=steps, details={"distances": distances})
+        distances = _mean_distances(context, lengths, angular_distance, TOKENS[context.options.tokens])
+        best = {n: min(starts[n], key=lambda start, n=n: (distances[n][start], start)) for n in lengths}
+        runs = {n: range(best[n], best[n] + n) for n in lengths}
+        steps = [{"start": best[length], "length": length, "distance": distances[length][best[length]]}]
+        return context.plan(
+            runs.pop(length),
+            scores=dict(enumerate(distances[1])),
+            steps=steps,
+            details={"distances": distances[length]},
+            nested=False,
+            smaller=runs,
+        )
 
 
 def _mean_distances(
-    context: SearchContext, measure: BoundaryDistance, tokens: Callable[[Tensor], Tensor]
-) -> list[float]:
-    """Entry a: mean distance between boundary a and the one `gap` blocks later, over the chosen tokens."""
+    context: SearchContext,
+    gaps: Collection[int],
+    distance: Callable[[Tensor, Tensor], Tensor],
+    tokens: Callable[[Tensor], Tensor],
+) -> dict[int, list[float]]:
+    """By gap: entry a is the mean distance between boundary a and the one `gap` blocks later, over the tokens."""
     windows = context.require_windows()
+    measure = BoundaryDistance(gaps, distance)
     with context.progress(windows.num_windows, "Similarity") as bar:
         for batch in windows.batches(context.batch_size):
             measure.begin(tokens(context.runner.positions(batch)))
             context.runner.stream(batch, measure.visit)
             bar.update(len(batch.input_ids))
-    means = measure.means()
-    if not all(map(math.isfinite, means)):
+    means = {gap: measure.means(gap) for gap in gaps}
+    if not all(math.isfinite(mean) for each in means.values() for mean in each):
         raise_non_finite(context.runner.diagnose, windows.batches(context.batch_size))
     return means

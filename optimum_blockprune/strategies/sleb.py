@@ -90,7 +90,7 @@ class SLEB(PruningStrategy):
                 f"{perplexity_of(loss):.2f} (dense {perplexity_of(dense):.2f})"
             )
         details = {"objective": "nll", "dense_loss": dense, "naive_block_forwards": search.naive_block_forwards}
-        return context.plan(removed, scores=scores, steps=steps, details=details)
+        return context.plan(removed, scores=scores, steps=steps, details=details, nested=True)
 
 
 class _Search:

@@ -194,7 +194,9 @@ def test_dynamic_programming_equals_brute_force(seed: int) -> None:
     removable = sorted(generator.sample(range(blocks), generator.randint(1, blocks)))
     table = random_table(generator, blocks)
     for num_remove in range(1, len(removable) + 1):
-        result = best_disjoint_runs(lookup(table), removable=removable, num_remove=num_remove)
+        found = best_disjoint_runs(lookup(table), removable=removable, num_remove=num_remove)
+        assert list(found) == list(range(1, num_remove + 1))
+        result = found[num_remove]
         assert math.fsum(result.scores) == pytest.approx(brute_force(table, removable, num_remove), abs=1e-12)
         assert maximal_runs(result.order) == result.runs
         assert set(result.order) <= set(removable)
@@ -203,20 +205,36 @@ def test_dynamic_programming_equals_brute_force(seed: int) -> None:
 
 def test_adjacent_runs_are_scored_as_the_one_run_that_they_are() -> None:
     table = {Run(0, 1): 5.0, Run(1, 1): 5.0, Run(2, 1): 1.0, Run(0, 2): 0.0, Run(1, 2): 0.0}
-    result = best_disjoint_runs(lookup(table), removable=range(3), num_remove=2)
+    result = best_disjoint_runs(lookup(table), removable=range(3), num_remove=2)[2]
     assert result.runs == (Run(0, 1), Run(2, 1))
 
 
 def test_ties_take_the_lowest_blocks() -> None:
-    result = best_disjoint_runs(lambda start, length: 0.0, removable=range(6), num_remove=3)
+    result = best_disjoint_runs(lambda start, length: 0.0, removable=range(6), num_remove=3)[3]
     assert result.order == (0, 1, 2)
 
 
 def test_forbidden_runs_are_avoided() -> None:
     result = best_disjoint_runs(
         lambda start, length: -math.inf if length > 1 else -start, removable=range(5), num_remove=2
-    )
+    )[2]
     assert result.order == (0, 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_table_holds_every_smaller_number(seed: int) -> None:
+    table = random_table(random.Random(seed), 9)
+    found = best_disjoint_runs(lookup(table), removable=range(9), num_remove=6)
+    for count, result in found.items():
+        alone = best_disjoint_runs(lookup(table), removable=range(9), num_remove=count)[count]
+        assert (result.runs, result.scores) == (alone.runs, alone.scores)
+
+
+def test_smaller_numbers_without_a_choice_are_missing() -> None:
+    found = best_disjoint_runs(
+        lambda start, length: 0.0 if length == 2 else -math.inf, removable=range(4), num_remove=2
+    )
+    assert list(found) == [2]
 
 
 def test_only_forbidden_runs_left() -> None:
