@@ -33,7 +33,17 @@ FULL = {
     "loader": "AutoModelForCausalLM",
     "task": "text-generation",
     "runtimes": {"vllm": {"verdict": "same", "reason": None}},
+    "options": {"order": "greedy"},
+    "seed": 0,
+    "scores": {"1": 2.5},
+    "steps": [{"block": 1, "loss": 2.5}],
+    "widths": {"mlp": {"units": 16, "kept": [8, None]}},
+    "base": {"model": "org/name", "license": "mit"},
+    "history": [{"strategy": "random", "removed_blocks": [0]}],
+    "command": "optimum-cli blockprune run -m org/name --num-blocks 1 OUTPUT",
+    "depths": [{"removed": 0, "blocks": 2}],
     "evaluations": [{"perplexity": 3.0, "tokens": 9}],
+    "task_results": [{"label": "dense", "task": "piqa", "metrics": {"acc": 0.5}}],
     "versions": {"torch": "2.13"},
 }
 
