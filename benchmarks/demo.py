@@ -40,7 +40,7 @@ def main() -> None:
     dense, pruned = FOLDER / "dense", FOLDER / "pruned"
     gguf = Path(os.path.relpath(smollm2_gguf()))
     _cli("run", "-m", gguf, *RUN, *TEXT, "--dataset", calibration, "--overwrite", pruned)
-    _convert(gguf, dense)
+    convert(gguf, dense)
     figures = _cli("evaluate", "-m", pruned, "--baseline", dense, *TEXT, "--dataset", held_out, "--json")
     results = {"dense": figures["baseline"], "pruned": figures["model"]}
     for name, folder in (("dense", dense), ("pruned", pruned)):
@@ -63,7 +63,7 @@ def _cli(command: str, *arguments: object) -> dict:
     return {}
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
     """Writes the dense model as an ordinary folder: removing no block is a plan, too."""
     if not folder.exists():
         from optimum_blockprune import BlockPruner, PruningPlan

@@ -180,7 +180,7 @@ def _applied(
 
 def _measure(pruner: BlockPruner, texts: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
     pruner.config = BlockPruningConfig(seqlen=args.seqlen)
-    spec = EvaluationSpec(speed=False)
+    spec = EvaluationSpec(speed=False, continuations=0)
     found = {
         name: round(pruner.evaluate(path, num_samples=args.eval_windows, spec=spec)["perplexity"], 2)
         for name, path in texts.items()

@@ -3,89 +3,103 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard
 
+from .card_data import card_data, direct_base, direct_repo
+from .card_origin import again, origin
+from .card_quality import degeneration, depths, generation, missing, quality, tasks
+from .card_text import (
+    FAMILIES,
+    code,
+    fenced,
+    figure,
+    megabytes,
+    model_name,
+    paragraphs,
+    percent,
+    picture,
+    plain,
+    table,
+    unescaped,
+)
+from .pictures import DEPTH_FILE, PICTURES, QUALITY_FILE, SEARCH_FILE, alt_texts
 from .plan import PruningPlan
 from .report import PruningReport
 
 
-_BODY = """
-# {title}
-
-{base}with {removed} removed by
-[`optimum-blockprune`](https://pypi.org/project/optimum-blockprune/); nothing was retrained.
-
-```python
-{usage}
-```
-
-## What was removed
-
-Strategy `{strategy}`; {order}.
-
-| | before | after |
-|---|---:|---:|
-{sizes}
-
-## Measured quality
-
-{quality}
-
-## Other runtimes
-
-{runtimes}
-
-## Reproduce
-
-`pruning_plan.json` in this folder holds what is kept, the scores and the calibration set's fingerprint:
-
-```shell
-optimum-cli blockprune apply -m BASE_MODEL --plan pruning_plan.json OUTPUT
-```
-"""
-
+_TOOL = "[`optimum-blockprune`](https://pypi.org/project/optimum-blockprune/)"
+_UNTITLED = "Pruned model"
 
 # Tasks that need no more than a tokenizer.
 _TEXT_TASKS = (None, "text-generation", "text2text-generation", "fill-mask", "feature-extraction")
 
+_LAYOUTS = {
+    "uniform": "every block keeps the same number of them",
+    "padded": "zeros fill the narrower blocks up to the widest one",
+    "per_layer": "every block has its own width",
+}
+_VERDICTS = {
+    "same": "reads this checkpoint as transformers does",
+    "differs": "reads it differently",
+    "unknown": "unknown",
+}
 
-def model_card(plan: PruningPlan, report: PruningReport, *, title: str) -> ModelCard:
-    """Returns the card as `huggingface_hub.ModelCard`.
+
+def model_card(plan: PruningPlan, report: PruningReport, *, title: str, pictures: Sequence[str] = ()) -> ModelCard:
+    """Writes the card; the same arguments give the same text.
 
     Args:
         plan: What was removed.
-        report: What was measured; evaluations that are not in it are said to be missing.
+        report: What was measured; what is not in it is said to be missing.
         title: Heading, usually the folder's name.
+        pictures: Names of those of `pictures.PICTURES` that lie beside the card.
+
+    Returns:
+        The card, whose metadata the Hub accepts; `str()` of it is the content of `README.md`.
     """
-    data = ModelCardData(
-        base_model=_repo_id(plan.base_model),
-        library_name="transformers",
-        pipeline_tag=report.task or "text-generation",
-        tags=["pruned", *_kinds(plan), "optimum", *plan.strategy.split("+")],
+    words = alt_texts(report)
+    shown = {name: picture(name, words.get(name, PICTURES[name])) for name in PICTURES if name in pictures}
+    searched = SEARCH_FILE in shown or report.block_forwards is not None
+    sections = {
+        "How to load it": _loading(plan, report),
+        "What was removed": paragraphs(shown.get(DEPTH_FILE), *_removal(plan, report)),
+        "Quality": quality(report),
+        "Benchmark tasks": tasks(report),
+        "Generation": generation(report),
+        "Quality against depth": paragraphs(shown.get(QUALITY_FILE), depths(report)),
+        "The search" if searched else "Cost": paragraphs(shown.get(SEARCH_FILE), *_costs(report)),
+        "Reproduce": paragraphs(*again(plan, report)),
+        "Other runtimes": _runtimes(report.runtimes),
+        "Where it comes from": paragraphs(*origin(plan, report)),
+        "Limits": _limits(report),
+    }
+    body = paragraphs(
+        f"# {plain(title) or _UNTITLED}",
+        *_lead(plan, report),
+        *(f"## {name}\n\n{text}" for name, text in sections.items() if text),
     )
-    prepares = "Tokenizer" if report.task in _TEXT_TASKS else "Processor"
-    body = _BODY.format(
-        title=title,
-        base=f"`{plan.base_model}` " if plan.base_model else "A model ",
-        removed=_removed(plan),
-        strategy=plan.strategy,
-        order=_order(plan),
-        sizes=_sizes(report.achieved),
-        quality=_quality(report.evaluations),
-        runtimes=_runtimes(report.runtimes),
-        usage=_usage(plan, report, prepares),
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+    return ModelCard(f"---\n{card_data(plan, report, title=title).to_yaml()}\n---\n\n{body}\n")
 
 
-def _kinds(plan: PruningPlan) -> list[str]:
-    depth = ["block-pruning", "depth-pruning"] if plan.removed_blocks or not plan.width else []
-    return depth + (["structured-pruning", "width-pruning"] if plan.width else [])
+def title_of(text: str) -> str | None:
+    """The title that a card was written with, read from its text; `None` if it has no heading."""
+    lines = text.split("\n---\n", 1)[-1].splitlines()
+    return next((unescaped(line[2:]) for line in lines if line.startswith("# ")), None)
+
+
+def _lead(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
+    """What it is, and a warning where the model's own text collapsed."""
+    base = model_name(direct_base(plan, report), loaded=direct_repo(plan, report) is not None)
+    saved = report.achieved.get("parameters_removed")
+    size = f", so that it has {percent(saved)} fewer parameters" if saved is not None else ""
+    yield (
+        f"This is {base} with {_removed(plan)} removed by {_TOOL}{size}. Nothing was trained afterwards. “Dense” is "
+        "the model before that."
+    )
+    yield degeneration(report)
 
 
 def _removed(plan: PruningPlan) -> str:
@@ -95,86 +109,139 @@ def _removed(plan: PruningPlan) -> str:
         parts = []
     for family, counts in plan.width.totals().items():
         share = 1 - counts["after"] / counts["before"]
-        parts.append(f"{share:.1%} of its {_FAMILIES[family]}")
-    return " and ".join(parts)
+        parts.append(f"{percent(share)} of its {_family(family)}")
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-_FAMILIES = {"mlp": "MLP channels", "attention": "attention heads (in whole KV groups)"}
+def _family(name: str) -> str:
+    return FAMILIES.get(name, plain(name))
+
+
+def _loading(plan: PruningPlan, report: PruningReport) -> str:
+    """Three lines with transformers alone, unless blocks differ in width."""
+    companion = "AutoTokenizer" if report.task in _TEXT_TASKS else "AutoProcessor"
+    place = '"path/or/repo"' + (", trust_remote_code=True" if report.base.get("remote_code") else "")
+    lines = []
+    if plan.width.loads_anywhere:
+        loader = report.loader or "AutoModelForCausalLM"
+        lines = [f"from transformers import {loader}, {companion}", f"model = {loader}.from_pretrained({place})"]
+        said = "with `transformers` alone"
+    else:
+        lines = [
+            f"from optimum_blockprune import BlockPruner\nfrom transformers import {companion}",
+            f"model = BlockPruner.load_pruned({place})",
+        ]
+        said = "after `pip install optimum-blockprune`: its blocks differ in width, which `transformers` alone refuses"
+    lines.append(f"{companion.removeprefix('Auto').lower()} = {companion}.from_pretrained({place})")
+    code_note = " It runs code from the repository; read that first." if report.base.get("remote_code") else ""
+    return paragraphs(
+        f"It loads {said}. Replace `path/or/repo` by this folder or repository.{code_note}",
+        fenced("\n".join(lines), "python"),
+    )
+
+
+def _removal(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
+    yield (
+        "A language model is a stack of blocks that text passes one after the other. "
+        + (_order(plan) if plan.removed_blocks or not plan.width else "All blocks stay; each has become narrower.")
+    )
+    if plan.width:
+        kinds = " A KV group is a key-value head with its query heads." if "attention" in plan.width.totals() else ""
+        yield f"Width, layout {code(plan.width.layout)}: {_LAYOUTS[plan.width.layout]}.{kinds}"
+    yield _chooser(plan)
+    sizes = list(_sizes(report.achieved))
+    if sizes:
+        yield table(("", "dense", "pruned"), sizes)
+    yield _blocks(report)
+    yield _kept(report)
 
 
 def _order(plan: PruningPlan) -> str:
-    blocks = f"removed blocks, in order: {', '.join(map(str, plan.removed_blocks)) or 'none'}"
-    if not plan.width:
-        return blocks
-    layouts = {
-        "uniform": "every block keeps the same number of them",
-        "padded": "zeros fill the narrower blocks up to the widest one",
-        "per_layer": "every block has its own width",
-    }
-    width = f"layout `{plan.width.layout}`: {layouts[plan.width.layout]}"
-    return f"{blocks}; {width}" if plan.removed_blocks else width
+    of = " of the encoder" if plan.stack == "encoder" else ""
+    order = ", ".join(map(str, plan.removed_blocks)) or "none"
+    return f"Removed blocks{of}, in order: {order} (numbered as in the dense model, from 0)."
 
 
-def _usage(plan: PruningPlan, report: PruningReport, prepares: str) -> str:
-    """How to load it: with transformers alone, unless blocks differ in width."""
-    companion = f"Auto{prepares}"
-    tail = f'{prepares.lower()} = {companion}.from_pretrained("path/or/repo")'
-    if not plan.width.loads_anywhere:
-        lines = [
-            "from optimum_blockprune import BlockPruner  # transformers alone refuses this folder",
-            f"from transformers import {companion}",
-            "",
-            'model = BlockPruner.load_pruned("path/or/repo")',
-        ]
-    else:
-        loader = report.loader or "AutoModelForCausalLM"
-        lines = [
-            f"from transformers import {loader}, {companion}",
-            "",
-            f'model = {loader}.from_pretrained("path/or/repo")',
-        ]
-    return "\n".join([*lines, tail])
+def _chooser(plan: PruningPlan) -> str:
+    if plan.strategy == "manual":
+        return "A person named them; nothing was searched."
+    names = [code(name) for name in plan.strategy.split("+")]
+    if len(names) > 1:
+        return f"Chosen by the strategies {', then '.join(names)}, each on what the one before left."
+    return f"Chosen by the strategy {names[0]}."
 
 
-def _repo_id(base_model: str | None) -> str | None:
-    """The base model as metadata: only what looks like a repository on the Hub, not a local path."""
-    if base_model is None or "/" not in base_model or Path(base_model).exists():
-        return None
-    try:
-        validate_repo_id(base_model)
-    except HFValidationError:
-        return None
-    return base_model
-
-
-def _sizes(achieved: dict[str, Any]) -> str:
-    rows = [
-        f"| {name} | {achieved[f'{name}_before']:,} | {achieved[f'{name}_after']:,} |"
-        for name in ("blocks", "parameters")
-        if f"{name}_before" in achieved
-    ]
+def _sizes(achieved: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for name in ("blocks", "parameters"):
+        if f"{name}_before" in achieved:
+            yield name, figure(achieved[f"{name}_before"]), figure(achieved.get(f"{name}_after"))
     for family, counts in achieved.get("units", {}).items():
-        rows.append(f"| {_FAMILIES[family]}, all blocks | {counts['before']:,} | {counts['after']:,} |")
+        yield f"{_family(family)}, all blocks", figure(counts["before"]), figure(counts["after"])
     if achieved.get("padding_parameters"):
-        rows.append(f"| of the parameters, zeros that fill up blocks | 0 | {achieved['padding_parameters']:,} |")
-    return "\n".join(rows)
+        yield "of the parameters, zeros that fill up blocks", "0", figure(achieved["padding_parameters"])
 
 
-def _runtimes(runtimes: dict[str, Any]) -> str:
+def _blocks(report: PruningReport) -> str | None:
+    """What the search knew of each removed block: its score, and the loss after it."""
+    after = {step["block"]: step for step in report.steps if "block" in step and "loss" in step}
+    columns = {
+        "score on the dense model": lambda block: report.scores.get(str(block)),
+        "loss after removal": lambda block: after.get(block, {}).get("loss"),
+        "perplexity after removal": lambda block: after.get(block, {}).get("perplexity"),
+    }
+    gone = report.removed_blocks
+    known = {title: value for title, value in columns.items() if any(value(block) is not None for block in gone)}
+    if not known:
+        return None
+    rows = [
+        (str(place), str(block), *(figure(value(block), 4) for value in known.values()))
+        for place, block in enumerate(gone, 1)
+    ]
+    note = "Figures of the search, on its calibration text; those of all blocks are in `pruning_report.json`."
+    return paragraphs(table(("removed as", "block", *known), rows, left=0), note)
+
+
+def _kept(report: PruningReport) -> str | None:
+    """How much of each block stays, where blocks differ."""
+    rows = []
+    for family, entry in report.widths.items():
+        kept = [number for number in entry.get("kept", ()) if number is not None]
+        if len(set(kept)) > 1:
+            rows.append((_family(family), figure(min(kept)), figure(max(kept))))
+    return table(("kept in one block", "fewest", "most"), rows) if rows else None
+
+
+def _costs(report: PruningReport) -> Iterator[str | None]:
+    """What it took to choose and to prune."""
+    spent, naive = report.block_forwards, report.naive_block_forwards
+    rows = [
+        ("runs of single blocks", figure(spent), spent),
+        ("the same by whole passes for every candidate", figure(naive), naive),
+        ("runs of the language-model head", figure(report.head_forwards), report.head_forwards),
+        ("tokens of calibration text", figure(report.tokens), report.tokens),
+        ("peak memory, MB", megabytes(report.peak_memory_bytes), report.peak_memory_bytes),
+        *((f"seconds: {plain(phase)}", figure(each, 1), each) for phase, each in report.seconds.items()),
+    ]
+    known = [(title, spelled) for title, spelled, value in rows if value is not None]
+    if known:
+        where = [each for each in (report.device, report.dtype) if each]
+        yield "What it cost" + (f" ({plain(', '.join(where))}):" if where else ":")
+        yield table(("", "number"), known)
+
+
+def _runtimes(runtimes: Mapping[str, Any]) -> str:
     if not runtimes:
         return "Not looked at."
-    says = {
-        "same": "reads this checkpoint as transformers does",
-        "differs": "reads it differently",
-        "unknown": "unknown",
-    }
-    return "\n".join(f"- {name}: {says[entry['verdict']]} ({entry['reason']})" for name, entry in runtimes.items())
+    said = {name: _VERDICTS.get(entry.get("verdict"), "unknown") for name, entry in runtimes.items()}
+    return "\n".join(f"- {plain(name)}: {said[name]} ({plain(runtimes[name].get('reason'))})" for name in said)
 
 
-def _quality(evaluations: list[dict[str, Any]]) -> str:
-    if not evaluations:
-        return "Not evaluated."
-    rows = ["| model | text | tokens | perplexity |", "|---|---|---:|---:|"]
-    for entry in evaluations:
-        rows.append(f"| {entry['label']} | {entry['source']} | {entry['tokens']:,} | {entry['perplexity']:.2f} |")
-    return "\n".join(rows)
+def _limits(report: PruningReport) -> str:
+    lines = [
+        "Pruning made the model smaller without any training to make up for it; expect it to be worse than the dense "
+        "model, also where it was not measured.",
+        *(f"Not evaluated: {name}." for name in [", ".join(missing(report))] if name),
+        "Not evaluated: facts, reasoning, long texts, languages, safety and bias, beyond the figures above.",
+        "Limits and intended use of the dense model hold for this one as well.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)

@@ -88,7 +88,7 @@ def apply_to_checkpoint(
             if verify == "logits":
                 _prove_bytes(temporary, kept)
         report.verification = {"mode": verify, "passed": verify != "off"}
-        record(report, plan, before, source.model)
+        record(report, plan, before, source.model, source=src, loading=hub)
         write_records(temporary, plan, report, title=Path(dst).name)
     return Path(dst)
 

@@ -22,6 +22,7 @@ from transformers import __version__ as transformers_version
 
 from . import __version__
 from .errors import ConfigurationError, OutputError, nearest
+from .hub import check_repo_id, push_file
 from .plan import PruningPlan
 from .recipe import BUDGET_FIELDS, Recipe
 from .registry import build_options, get_strategy
@@ -34,6 +35,8 @@ FIELD_NAMES = tuple(field.name for field in fields(Recipe))
 
 # What a file holds beside the fields: who wrote it, and a key that the base class adds to every file.
 _NO_FIELDS = frozenset({"block_pruning_version", "optimum_version", "transformers_version", "output_attentions"})
+
+_HUB_ARGUMENTS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
 
 
 class BlockPruningConfig(BaseConfig):
@@ -180,11 +183,16 @@ class BlockPruningConfig(BaseConfig):
             **hub_kwargs: Arguments of `push_to_hub`; `repo_id` defaults to the name of the folder.
 
         Raises:
-            ConfigurationError: The attributes were changed to values that do not fit.
+            ConfigurationError: The attributes were changed to values that do not fit, or an argument is unknown.
             OutputError: `save_directory` is a file.
+            HubError: The upload failed; the file stays.
         """
         if hub_kwargs and not push_to_hub:
             raise ConfigurationError(f"{', '.join(sorted(hub_kwargs))} only count together with push_to_hub=True.")
+        repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        _check_hub_arguments(hub_kwargs)
+        if push_to_hub:
+            check_repo_id(repo_id)
         _checked_options(self.recipe)
         folder = Path(save_directory)
         if folder.is_file():
@@ -192,22 +200,27 @@ class BlockPruningConfig(BaseConfig):
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / CONFIG_FILE)
         if push_to_hub:
-            _upload(folder, hub_kwargs.pop("repo_id", folder.resolve().name), **hub_kwargs)
+            push_file(folder / CONFIG_FILE, repo_id, **hub_kwargs)
 
     def push_to_hub(self, repo_id: str, **hub_kwargs: Any) -> Any:
         """Uploads `block_pruning_config.json`, and only this file, to a repository, which is made if needed.
 
         Args:
-            repo_id: Repository on the Hub.
-            **hub_kwargs: `private`, `token`, and what `HfApi.upload_folder` takes: `commit_message`, `revision`,
-                `create_pr`.
+            repo_id: `name` or `owner/name` on the Hub.
+            **hub_kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and `commit_description`, as
+                for `BlockPruner.push_to_hub`.
 
         Returns:
             The `CommitInfo` of the upload.
+
+        Raises:
+            ConfigurationError: An argument is unknown.
+            HubError: The name is malformed, or the upload failed.
         """
+        _check_hub_arguments(hub_kwargs)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return _upload(Path(folder), repo_id, **hub_kwargs)
+            return push_file(Path(folder) / CONFIG_FILE, repo_id, **hub_kwargs)
 
 
 def save_config_of(plan: PruningPlan, folder: Path) -> None:
@@ -220,16 +233,9 @@ def save_config_of(plan: PruningPlan, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _upload(
-    folder: Path, repo_id: str, *, token: str | bool | None = None, private: bool | None = None, **commit: Any
-) -> Any:
-    """Uploads the configuration file of `folder`; the base class calls a method that transformers 5 has dropped."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = {"commit_message": f"Upload {CONFIG_FILE}", **commit}
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=CONFIG_FILE, **commit)
+def _check_hub_arguments(given: Mapping[str, Any]) -> None:
+    for name in set(given) - set(_HUB_ARGUMENTS):
+        raise ConfigurationError(f"Unknown argument {name!r} for an upload.{nearest(name, _HUB_ARGUMENTS)}")
 
 
 def _values(config: BlockPruningConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from .architectures import layout_for
 from .batches import Batch, CalibrationWindows
 from .errors import ConfigurationError, NonFiniteError
+from .generation import check_generation
 from .inputs import Caller, evaluating, positions_of, vocabulary_of
 from .losses import perplexity_of
 from .runner import BlockRunner
@@ -33,14 +34,19 @@ class EvaluationSpec:
         batch_size: Windows per forward pass.
         speed: Whether to time prefill and decoding (batch of one).
         decode_tokens: Tokens to generate for the timing; fewer where the model's positions end before.
+        continuations: Windows to continue greedily, to see how much the model repeats itself (`generation`); 0 for
+            none.
     """
 
     stride: int | None = None
     batch_size: int = 1
     speed: bool = True
     decode_tokens: int = 64
+    continuations: int = 20
 
     def __post_init__(self) -> None:
+        if isinstance(self.continuations, bool) or not isinstance(self.continuations, int) or self.continuations < 0:
+            raise ConfigurationError(f"continuations must be a whole number from 0 on, not {self.continuations!r}.")
         for name in ("stride", "batch_size", "decode_tokens"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -65,7 +71,7 @@ def evaluate_model(
     Returns:
         JSON types: `perplexity`, `nll` (nats per token), `tokens` (scored), `windows`, `seqlen`, `stride`, `source`,
         `fingerprint`; `kl` with a baseline; `prefill_tokens_per_second`, `decode_tokens_per_second` where asked;
-        `parameters`, `size_bytes`, `blocks`.
+        `generation`, of a model that continues text; `parameters`, `size_bytes`, `blocks`.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite; names the first block where that appears.
@@ -93,6 +99,9 @@ def evaluate_model(
     }
     if spec.speed:
         result |= speed_of(model, windows, decode_tokens=spec.decode_tokens)
+    if spec.continuations:
+        written = check_generation(model, windows, continuations=spec.continuations)
+        result |= {} if written is None else {"generation": written}
     return result
 
 

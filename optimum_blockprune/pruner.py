@@ -14,16 +14,16 @@ from optimum.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blocks import find_blocks
-from .choosing import choose, held_out, num_to_remove, removes, score_units
+from .choosing import choose, removes, score_units
 from .config import BlockPruningConfig
-from .errors import CalibrationError, ConfigurationError, PlanError
-from .evaluation import EvaluationSpec, evaluate_model, size_of
-from .gate import Expectation, check_mode, prove_folder, require_proof
+from .errors import ConfigurationError
+from .evaluation import size_of
+from .gate import Expectation, check_mode
 from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
 from .plan import PruningPlan
-from .records import record, write_records
+from .publishing import Publishing
+from .records import record
 from .report import PruningReport
-from .saving import atomic_folder, check_output, restored
 from .sequence import apply_in_order
 from .surgery import Journal, check_plan
 
@@ -33,7 +33,7 @@ logger = logging.get_logger("optimum.blockprune")
 Configs = BlockPruningConfig | Sequence[BlockPruningConfig]
 
 
-class BlockPruner:
+class BlockPruner(Publishing):
     """Removes transformer blocks from a model and proves that the result is right.
 
     Args:
@@ -65,6 +65,7 @@ class BlockPruner:
         self.plan: PruningPlan | None = None
         self.report = PruningReport()
         self._source: str | None = None
+        self._loading: dict[str, Any] = {}
         self._expected: Expectation | None = None
 
     @classmethod
@@ -96,7 +97,7 @@ class BlockPruner:
                 if tokenizer is None:
                     tokenizer = find_tokenizer(model_or_path, **kwargs)
             pruner = cls(model, config, _tokenizer(tokenizer, kwargs))
-            pruner.report, pruner._source = report, str(model_or_path)
+            pruner.report, pruner._source, pruner._loading = report, str(model_or_path), kwargs
             pruner.processor = find_processor(model_or_path, model, **kwargs)
             return pruner
         if kwargs:
@@ -168,6 +169,7 @@ class BlockPruner:
 
     def _choose(self, config: BlockPruningConfig, *, joins: bool = False) -> PruningPlan:
         report = PruningReport() if joins else self.report
+        self.report.depths = []
         plan = choose(self.model, config.recipe, self.tokenizer, report, base_model=self._source)
         if joins:
             self.report.add_search(report)
@@ -212,12 +214,13 @@ class BlockPruner:
         journal: Journal | None = None
         try:
             if plan is not None and plan is not self.plan:
-                # What an earlier search cost is not the cost of this plan.
-                self.report = PruningReport(seconds=self.report.seconds, evaluations=self.report.evaluations)
+                # What an earlier search cost, and what its depths gave, is not true of this plan.
+                kept = ("seconds", "evaluations", "task_results", "base")
+                self.report = PruningReport(**{name: getattr(self.report, name) for name in kept})
             sizes = size_of(self.model, self.config.stack if plan is None else plan.stack)
             makers = self._makers(configs) if plan is None else [lambda: plan]
             self.plan, self._expected, journal = apply_in_order(self.model, makers, self.report)
-            record(self.report, self.plan, sizes, self.model)
+            record(self.report, self.plan, sizes, self.model, **self._origin())
             self.report.device = str(self.model.device)
             if save_dir is not None:
                 self.save_pretrained(save_dir, overwrite=overwrite, verify=verify)
@@ -227,118 +230,6 @@ class BlockPruner:
             self._expected, self.report = before
             raise
         return self.model
-
-    def check_save(
-        self,
-        save_directory: str | Path,
-        *,
-        plan: PruningPlan | None = None,
-        overwrite: bool = False,
-        verify: str = "logits",
-    ) -> None:
-        """Refuses now what would make `save_pretrained` fail after the search; `prune(save_dir)` calls it itself.
-
-        Raises:
-            OutputError: The folder exists, may not be written, or the disk has no room for the result.
-            ConfigurationError: The generation configuration is one that transformers refuses to save.
-            UnsupportedModelError: `verify` is too weak for this architecture.
-        """
-        check_mode(verify)
-        require_proof(self.model, verify)
-        check_output(save_directory, overwrite=overwrite, needed_bytes=self._bytes_after(plan))
-        generation = getattr(self.model, "generation_config", None)
-        if generation is not None:
-            try:
-                generation.validate(strict=True)
-            except ValueError as error:
-                raise ConfigurationError(f"model.generation_config cannot be saved; mend it first: {error}") from error
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        max_shard_size: int | str = "5GB",
-        overwrite: bool = False,
-        verify: str = "logits",
-    ) -> Path:
-        """Writes an ordinary checkpoint with tokenizer, plan, report, configuration and card; proves it by reloading.
-
-        Args:
-            save_directory: The folder; appears only when it is whole and proven.
-            max_shard_size: As in transformers.
-            overwrite: Whether an existing folder may be replaced.
-            verify: See `prune`.
-
-        Raises:
-            PlanError: Nothing was pruned yet.
-            OutputError: The folder exists, may not be written, or the disk is full.
-            VerificationError: The reloaded checkpoint is not the model; nothing is left of it.
-        """
-        if self._expected is None:
-            raise PlanError("There is nothing to save yet: call prune() first.")
-        check_mode(verify)
-        require_proof(self.model, verify)
-        with (
-            self.report.timed("save"),
-            restored(self.model.config),
-            atomic_folder(save_directory, overwrite=overwrite) as folder,
-        ):
-            logger.info(f"Saving to '{save_directory}'")
-            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
-            for companion in (self.processor, self.tokenizer):
-                if companion is not None:
-                    companion.save_pretrained(folder)
-            prove_folder(folder, self.model, self._expected, verify)
-            self.report.verification = {"mode": verify, "passed": verify != "off"}
-            write_records(
-                folder, self._expected.plan, self.report, title=Path(save_directory).name, config=self.config
-            )
-        return Path(save_directory)
-
-    def evaluate(
-        self,
-        dataset: Any = None,
-        *,
-        num_samples: int | None = None,
-        spec: EvaluationSpec | None = None,
-        baseline: PreTrainedModel | str | Path | None = None,
-        label: str | None = None,
-    ) -> dict[str, Any]:
-        """Measures the model as it is now: perplexity on fixed windows, speed, size; KL where a baseline is given.
-
-        Args:
-            dataset: Held-out text, as for `BlockPruningConfig.dataset`; without it the configuration's own, which
-                is what the blocks were chosen on.
-            num_samples: Windows to score, of the configuration's `seqlen`; all full windows of the text unless given
-                (of c4, which has no end, as many as the configuration says). Of a data set with splits: the test
-                split, without one the validation split, else the training split.
-            spec: Stride, batch size, speed; the configuration's `batch_size` unless given.
-            baseline: The dense model, for the mean KL(dense || this) in nats per token.
-            label: Name in the report; `"dense"` before and `"pruned"` after pruning unless given.
-
-        Returns:
-            See `evaluation.evaluate_model`; also appended to `report.evaluations`.
-        """
-        dataset = self.config.dataset if dataset is None else dataset
-        if dataset is None:
-            raise CalibrationError("There is no text to evaluate on: give dataset=... (--dataset PATH).")
-        spec = spec or EvaluationSpec(batch_size=self.config.recipe.batch_size)
-        text = held_out(self.model, self.config.recipe, self.tokenizer, dataset, num_samples, spec.stride)
-        if isinstance(baseline, (str, Path)):
-            baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
-        with self.report.timed("evaluation"):
-            result = evaluate_model(self.model, text, spec, baseline=baseline)
-        pruned = getattr(self.model.config, "block_pruning", None)
-        result = {"label": label or ("pruned" if pruned else "dense"), **result}
-        self.report.evaluations.append(result)
-        return result
-
-    def _bytes_after(self, plan: PruningPlan | None) -> int:
-        """Size of the result on disk, as far as it is known before the blocks are chosen."""
-        removed = num_to_remove(self.model, self.config.recipe) if plan is None else len(plan.removed_blocks)
-        blocks = find_blocks(self.model, self.config.stack if plan is None else plan.stack).blocks
-        sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
-        return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
 
 
 def _tokenizer(given: Any, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -3,39 +3,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from optimum.utils import logging
 from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import layout_for
+from .base_card import CARD_FILE, base_facts
 from .blocks import find_blocks
 from .card import model_card
 from .config import BlockPruningConfig, save_config_of
 from .environment import peak_memory, versions
 from .evaluation import size_of
+from .pictures import PICTURES, can_draw, draw_pictures
 from .plan import PruningPlan
 from .report import PruningReport
+from .reproduce import command_for
 from .runtimes import read_alike
 from .width_task import unit_cost
 
 
-def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], model: PreTrainedModel) -> None:
-    """Writes into the report what was asked for and what came of it.
+logger = logging.get_logger("optimum.blockprune.records")
+
+
+def record(
+    report: PruningReport,
+    plan: PruningPlan,
+    before: Mapping[str, int],
+    model: PreTrainedModel,
+    *,
+    config: BlockPruningConfig | None = None,
+    source: str | Path | None = None,
+    loading: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes into the report what was asked for, what came of it, and where the model came from.
 
     Args:
         report: Is changed.
         plan: What was applied.
         before: `evaluation.size_of` the dense model.
         model: The pruned model.
+        config: What the plan was made with; ignored where it is that of another plan.
+        source: Where the dense model was loaded from; `None` for a model that was given.
+        loading: The arguments that it was loaded with.
     """
     after = size_of(model, plan.stack)
-    report.requested = dict(plan.requested)
-    report.strategy = plan.strategy
-    report.removed_blocks = list(plan.removed_blocks)
-    report.calibration = dict(plan.calibration) if plan.calibration else None
-    report.strategy_details = dict(plan.details)
+    _record_plan(report, plan)
+    _record_origin(report, model, source, dict(loading or {}))
+    report.command = command_for(plan, config, revision=report.base.get("revision"), loading=loading)
     for name in ("blocks", "parameters"):
         report.achieved[f"{name}_before"] = before[name]
         report.achieved[f"{name}_after"] = after[name]
@@ -52,6 +70,45 @@ def record(report: PruningReport, plan: PruningPlan, before: dict[str, int], mod
     report.dtype = str(model.dtype).removeprefix("torch.")
     report.peak_memory_bytes = peak_memory(model)
     report.versions = versions()
+
+
+def _record_plan(report: PruningReport, plan: PruningPlan) -> None:
+    """What the plan says of itself; of joined plans the first part, whose numbers are those of the dense model."""
+    first = plan.parts()[0]
+    report.requested = dict(plan.requested)
+    report.strategy = plan.strategy
+    report.removed_blocks = list(plan.removed_blocks)
+    report.calibration = dict(plan.calibration) if plan.calibration else None
+    report.strategy_details = dict(plan.details)
+    report.options, report.seed = dict(plan.options), plan.seed
+    report.scores, report.steps = dict(first.get("scores", {})), [dict(step) for step in first.get("steps", ())]
+    report.widths = _widths_by_block(plan)
+
+
+def _record_origin(
+    report: PruningReport, model: PreTrainedModel, source: str | Path | None, loading: dict[str, Any]
+) -> None:
+    """The dense model's own facts, looked up once, and what was pruned from it before."""
+    place = source or getattr(model.config, "_name_or_path", None)
+    if not report.base and place:
+        # The network is asked only if the model itself came from there in this process.
+        report.base = base_facts(place, config=model.config, network=source is not None, **loading)
+    entry = (getattr(model.config, "block_pruning", None) or {}).get("previous")
+    report.history = []
+    while entry:
+        report.history.insert(0, {name: value for name, value in entry.items() if name != "previous"})
+        entry = entry.get("previous")
+
+
+def _widths_by_block(plan: PruningPlan) -> dict[str, Any]:
+    """Units by family and block of the dense model; see `PruningReport.widths`."""
+    found: dict[str, Any] = {}
+    for each in plan.width.narrowed:
+        group = plan.width.groups[each.group]
+        entry = found.setdefault(group.family, {name: [None] * plan.num_blocks for name in ("units", "kept")})
+        for name, number in (("units", group.units), ("kept", len(each.kept))):
+            entry[name][each.block] = number + (entry[name][each.block] or 0)
+    return found
 
 
 def _widths(plan: PruningPlan, blocks: nn.ModuleList) -> dict[str, Any]:
@@ -89,4 +146,50 @@ def write_records(
         save_config_of(plan, folder)
     plan.save(folder)
     report.save(folder)
-    (folder / "README.md").write_text(str(model_card(plan, report, title=title)), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(folder, plan, report, title), encoding="utf-8")
+
+
+def _card(folder: Path, plan: PruningPlan, report: PruningReport, title: str) -> str:
+    """Draws the pictures into the folder and writes the card around them; without matplotlib it has none."""
+    if not can_draw():
+        logger.info("The card gets no pictures without matplotlib: pip install 'optimum-blockprune[report]'")
+    pictures = draw_pictures(report, folder) if can_draw() else []
+    return str(model_card(plan, report, title=title, pictures=[path.name for path in pictures]))
+
+
+def update_records(folder: Path, change: Callable[[PruningReport], None] | None = None) -> PruningReport:
+    """Changes the report of a finished folder; its pictures, and a card that nobody edited, follow.
+
+    Args:
+        folder: The output folder of a pruning run.
+        change: Changes the report that it is given; without it pictures and card are made anew from what is there.
+
+    Raises:
+        CheckpointError: The folder has no report.
+        PlanError: The folder has no plan.
+    """
+    plan, report = PruningPlan.from_file(folder), PruningReport.from_file(folder)
+    card = folder / CARD_FILE
+    title = _title(card) or folder.resolve().name
+    had = [name for name in PICTURES if (folder / name).is_file()]
+    ours = not card.is_file() or card.read_text(encoding="utf-8") == str(
+        model_card(plan, report, title=title, pictures=had)
+    )
+    if change is not None:
+        change(report)
+        report.save(folder)
+    text = _card(folder, plan, report, title)
+    if ours:
+        card.write_text(text, encoding="utf-8")
+    else:
+        logger.warning(
+            f"'{card}' was edited, or written by another version, and stays as it is; delete it and write the report "
+            "again to have it made anew."
+        )
+    return report
+
+
+def _title(card: Path) -> str | None:
+    """The heading of a card; a folder may have another name by now."""
+    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
+    return next((line[2:] for line in lines if line.startswith("# ")), None)

@@ -41,8 +41,8 @@ class PruningReport:
         options, seed: Of the strategy, as used.
         scores: Score of each block on the dense model, by block number as a string; see `PruningPlan.scores`.
         steps: One entry per decision of the search, in order; see `PruningPlan.steps`.
-        widths: By family of units (`"mlp"`, `"attention"`): `units` (of a dense block) and `kept`, one number per
-            block of the dense model, `None` for a block that is gone.
+        widths: By family of units (`"mlp"`, `"attention"`): how many there are (`units`) and stay (`kept`), one number
+            for each block of the dense model, `None` for a block that is gone or has none.
         base: What is known of the dense model: `model` (repo id or path), `revision` (commit), `license`,
             `license_name`, `license_link`, `language` (list of codes), `card` (where these were read).
         history: Earlier prunings of the dense model, oldest first: their `block_pruning` entries.

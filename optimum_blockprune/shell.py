@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,17 +19,24 @@ import torch
 from optimum.utils import logging
 from transformers import GenerationConfig
 
-from .checking import Check, check_config
-from .commands import given_fields, model_arguments
+from .checking import check_config
+from .choosing import num_to_remove, removes
 from .config import BlockPruningConfig
 from .errors import ConfigurationError, OutputError
-from .evaluation import EvaluationSpec
+from .evaluation import EvaluationSpec, size_of
+from .flags import given_fields, model_arguments
+from .hub import push_folder
 from .loading import load_model, read_config, split_gguf
-from .plan import PruningPlan
+from .page import PAGE_FILE, write_page
+from .pictures import PICTURES, draw_pictures, require
+from .plan import PLAN_FILE, PruningPlan
 from .pruner import BlockPruner
+from .recipe import BUDGET_FIELDS
+from .records import update_records
 from .registry import available_strategies
+from .report import PruningReport
 from .saving import check_output
-from .widths import spelled
+from .shell_text import depth_table, described, listed, narrowed, removed, summary, table
 
 
 # Fields that matter to `run --blocks ... --eval-dataset D`, where nothing is searched.
@@ -42,17 +49,73 @@ def run(args: Namespace) -> None:
     _refuse_search_flags(args)
     check_output(args.output, overwrite=args.overwrite)
     pruner = _pruner(args, _config(args))
+    _refuse_depths(args, pruner)
     stack = getattr(args, "stack", None)
     plan = PruningPlan.from_blocks(pruner.model, args.blocks, stack=stack) if args.blocks else None
     pruner.check_save(args.output, plan=plan, overwrite=args.overwrite, verify=args.verify)
-    held_out = args.eval_dataset
-    if held_out is not None:
-        pruner.evaluate(held_out)
+    _measure_now(args, pruner)
+    if args.export or args.curve:
+        plan = pruner.plan = plan or pruner.make_plan()
+    if args.export:
+        _export(args, pruner)
+        return
+    if args.curve:
+        pruner.measure_depths(args.eval_dataset)
     pruner.prune(plan=plan)
-    if held_out is not None:
-        pruner.evaluate(held_out)
+    _measure_now(args, pruner)
     pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)
-    _print(args, {"output": args.output, **pruner.report.to_dict()}, _summary(pruner, args.output))
+    _print(args, {"output": args.output, **pruner.report.to_dict()}, summary(pruner.report, pruner.plan, args.output))
+
+
+def _measure_now(args: Namespace, pruner: BlockPruner) -> None:
+    """Measures the model as it is now, dense or pruned, as far as that was asked for."""
+    if args.tasks:
+        pruner.evaluate_tasks(args.tasks, limit=args.limit, num_fewshot=args.num_fewshot)
+    if args.eval_dataset is not None:
+        pruner.evaluate(args.eval_dataset)
+
+
+def _export(args: Namespace, pruner: BlockPruner) -> None:
+    folders = pruner.export(
+        args.output,
+        args.export,
+        dataset=args.eval_dataset,
+        every_depth=args.curve,
+        overwrite=args.overwrite,
+        verify=args.verify,
+    )
+    result = {
+        "output": args.output,
+        "folders": {str(count): str(folder) for count, folder in folders.items()},
+        "depths": pruner.report.depths,
+    }
+    head = "\n".join(
+        f"{folder}: {listed(pruner.plan.truncate(n).removed_blocks)} removed" for n, folder in folders.items()
+    )
+    _print(args, result, f"{head}\n{depth_table(pruner.report.depths)}")
+
+
+def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
+    """What `--export` and `--curve` cannot do, said before anything is measured or searched."""
+    if not (args.export or args.curve):
+        return
+    if args.curve and args.eval_dataset is None:
+        raise ConfigurationError("--curve measures the model at every depth: give --eval-dataset DATASET.")
+    if args.tasks and args.export:
+        raise ConfigurationError("--tasks scores one result: use it without --export, or `evaluate` on the folders.")
+    recipe = pruner.config.recipe
+    if args.blocks is None and removes(recipe) == "width":
+        raise ConfigurationError(
+            f"Strategy '{recipe.strategy}' removes channels and heads, which have no depths: leave out --export and "
+            "--curve."
+        )
+    most = len(args.blocks) if args.blocks else num_to_remove(pruner.model, recipe)
+    wrong = [count for count in args.export or () if not 0 < count <= most]
+    if wrong:
+        raise ConfigurationError(
+            f"--export {wrong[0]}: the search removes {most} blocks, so that any number from 1 to {most} can be "
+            "exported. Raise the budget."
+        )
 
 
 def plan(args: Namespace) -> None:
@@ -64,7 +127,7 @@ def plan(args: Namespace) -> None:
     made = _pruner(args, config).make_plan()
     with _writing(args.output):
         path = made.save(args.output)
-    text = f"{path}: {made.strategy} removes {_removed(made)}"
+    text = f"{path}: {made.strategy} removes {removed(made)}"
     _print(args, {"output": str(path), **made.to_dict()}, text)
 
 
@@ -79,7 +142,7 @@ def apply(args: Namespace) -> None:
             raise ConfigurationError(f"apply copies the files as they are; --{name.replace('_', '-')} has no effect.")
     chosen = PruningPlan.from_file(args.plan)
     path = chosen.apply_to_checkpoint(source, args.output, overwrite=args.overwrite, verify=args.verify, **loading)
-    gone = [_listed(chosen.removed_blocks), *_narrowed(chosen)] if chosen.removed_blocks else _narrowed(chosen)
+    gone = [listed(chosen.removed_blocks), *narrowed(chosen)] if chosen.removed_blocks else narrowed(chosen)
     text = f"{path}: {len(chosen.blocks)} of {chosen.num_blocks} blocks, without {' and '.join(gone) or 'nothing'}"
     _print(args, {"output": str(path), "removed_blocks": list(chosen.removed_blocks)}, text)
 
@@ -87,16 +150,39 @@ def apply(args: Namespace) -> None:
 def evaluate(args: Namespace) -> None:
     """Measures one model, or two side by side."""
     _show_progress()
+    _refuse_task_flags(args)
     if args.kl and args.baseline is None:
         raise ConfigurationError("--kl compares with another model: give --baseline MODEL.")
     fields = {"dataset": None, **given_fields(args)}
+    if args.write_report:
+        PruningReport.from_file(args.model)  # there must be one
     names = [("model", args.model)] if args.baseline is None else [("baseline", args.baseline), ("model", args.model)]
     results: dict[str, Any] = {}
     for label, name in names:
         # One model at a time, unless KL needs both.
         baseline = load_model(args.baseline, **model_arguments(args)) if args.kl and label == "model" else None
         results[label] = _measure(args, name, fields, baseline)
-    _print(args, results, _table(results))
+    if args.write_report:
+        update_records(Path(args.model), lambda report: _add_results(report, results))
+    _print(args, results, table(results))
+
+
+def _add_results(report: PruningReport, results: dict[str, dict[str, Any]]) -> None:
+    """Puts what was measured into a report, in place of what was measured alike before."""
+    for role, result in results.items():
+        label = {"baseline": "dense", "model": "pruned"}[role]
+        tasks = [{**each, "label": label} for each in result.get("tasks", ())]
+        report.task_results = _replaced(report.task_results, tasks, ("label", "task", "source", "num_fewshot"))
+        if "perplexity" in result:
+            kept = {name: value for name, value in result.items() if name not in ("tasks", "prompt", "text")}
+            same = ("label", "source", "fingerprint", "stride")
+            report.evaluations = _replaced(report.evaluations, [{**kept, "label": label}], same)
+
+
+def _replaced(old: list[dict[str, Any]], new: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Entries that agree in `names` with a new one make room for it."""
+    keys = [[entry.get(name) for name in names] for entry in new]
+    return [entry for entry in old if [entry.get(name) for name in names] not in keys] + new
 
 
 def check(args: Namespace) -> None:
@@ -109,38 +195,36 @@ def check(args: Namespace) -> None:
         removed=args.blocks,
         remote_code=loading.get("trust_remote_code", False),
     )
-    _print(args, {"checks": [each.to_dict() for each in checks]}, "\n\n".join(map(_described, checks)))
+    _print(args, {"checks": [each.to_dict() for each in checks]}, "\n\n".join(map(described, checks)))
 
 
-def _described(check: Check) -> str:
-    named = f"{check.model_type} ({check.class_name})" if check.class_name else check.model_type
-    head = f"{named}, {check.stack} of {check.num_blocks} blocks" if check.num_blocks else named
-    lines = [head, *(f"  {unit:<12} {answer}" for unit, answer in check.units.items())]
-    if check.prunable:
-        how = "proven by the test suite" if check.evidence == "proven" else "accepted if the result passes the gate"
-        lines.append(f"  {'evidence':<12} {how}")
-    if check.search not in (None, "yes"):
-        lines.append(f"  {'search':<12} no: {check.search}")
-        lines.append(f"  {'alone':<12} {_ranges(check.removable)}")
-    reasons: dict[str, list[int]] = {}
-    for block, reason in check.protected.items():
-        reasons.setdefault(reason, []).append(block)
-    lines += [f"  {'stay':<12} {_ranges(blocks)}: {reason}" for reason, blocks in reasons.items()]
-    if check.cache is not None:
-        lines.append(f"  {'cache':<12} not compared: {check.cache}")
-    lines += [f"  {'sets':<12} {name} = {value}" for name, value in check.changes.items()]
-    for runtime, verdict in check.runtimes.items():
-        lines.append(f"  {runtime:<12} {verdict['verdict']}: {verdict['reason']}")
-        if "same_without" in verdict and verdict["verdict"] == "same":
-            some = _ranges(verdict["same_without"]) or "no single block"
-            every = set(check.removable) <= set(verdict["same_without"])
-            lines.append(f"  {'':<12} and without {'any one of the others' if every else 'one of ' + some}")
-    return "\n".join(lines)
+def push(args: Namespace) -> None:
+    """Uploads a folder."""
+    _show_progress()
+    names = ("private", "token", "revision", "create_pr", "commit_message", "commit_description", "overwrite")
+    commit = push_folder(args.folder, args.repo_id, **{name: getattr(args, name) for name in names})
+    result = {"repo_id": args.repo_id, "commit_url": commit.commit_url, "commit": commit.oid, "pr_url": commit.pr_url}
+    _print(args, result, commit.pr_url or commit.commit_url)
 
 
-def _ranges(blocks: Iterable[int]) -> str:
-    """Spells ascending numbers as `0-2, 7`."""
-    return spelled(blocks).replace(",", ", ")
+def report(args: Namespace) -> None:
+    """Draws pictures and page from a report."""
+    _show_progress()
+    require()
+    place = Path(args.folder)
+    found = PruningReport.from_file(place)
+    folder = place if place.is_dir() else place.parent
+    target = Path(args.output or folder)
+    with _writing(target, "The report"):
+        target.mkdir(parents=True, exist_ok=True)
+        if args.output is None and (folder / PLAN_FILE).is_file():
+            update_records(folder)
+            pictures = [folder / name for name in PICTURES if (folder / name).is_file()]
+        else:
+            pictures = draw_pictures(found, target)
+        page = write_page(found, target / PAGE_FILE, title=folder.resolve().name)
+    files = [str(path) for path in (*pictures, page)]
+    _print(args, {"files": files}, "\n".join(files))
 
 
 def strategies(args: Namespace) -> None:
@@ -156,6 +240,13 @@ def strategies(args: Namespace) -> None:
 
 def _config(args: Namespace) -> BlockPruningConfig:
     given = given_fields(args)
+    if (
+        getattr(args, "export", None)
+        and not args.blocks
+        and args.config is None
+        and not set(given) & set(BUDGET_FIELDS)
+    ):
+        given["num_blocks"] = max(args.export)
     if args.config is None:
         return BlockPruningConfig(**given)
     return BlockPruningConfig.from_pretrained(args.config, **given)
@@ -167,27 +258,39 @@ def _pruner(args: Namespace, config: BlockPruningConfig) -> BlockPruner:
 
 def _refuse_search_flags(args: Namespace) -> None:
     """An option that would be ignored is an error."""
-    used = ("stack", *(_EVALUATION_FIELDS if args.eval_dataset is not None else ()))
+    measured = args.eval_dataset is not None or args.tasks
+    used = ("stack", *(_EVALUATION_FIELDS if measured else ()))
     given = [name for name in sorted(given_fields(args)) if name not in used] + (["config"] if args.config else [])
     if args.blocks and given:
         raise ConfigurationError(f"--blocks names the blocks itself; {', '.join(given)} would have no effect.")
+    _refuse_task_flags(args)
+
+
+def _refuse_task_flags(args: Namespace) -> None:
+    given = [name for name in ("limit", "num_fewshot") if getattr(args, name) is not None]
+    if given and not args.tasks:
+        raise ConfigurationError(f"--{given[0].replace('_', '-')} only counts together with --tasks.")
 
 
 @contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """Explains why a plan cannot be written."""
+def _writing(path: str | Path, what: str = "The plan") -> Iterator[None]:
+    """Explains why something cannot be written."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"The plan cannot be written to '{path}': {error}.") from error
+        raise OutputError(f"{what} cannot be written to '{path}': {error}.") from error
 
 
 def _measure(args: Namespace, name: str, fields: dict[str, Any], baseline: Any) -> dict[str, Any]:
     config = BlockPruningConfig(**fields)
-    spec = EvaluationSpec(stride=args.stride, batch_size=config.batch_size)
+    spec = EvaluationSpec(stride=args.stride, batch_size=config.batch_size, continuations=args.continuations)
     pruner = BlockPruner.from_pretrained(name, config, args.tokenizer, **model_arguments(args))
-    samples = fields.get("num_samples")
-    result = pruner.evaluate(config.dataset, spec=spec, num_samples=samples, baseline=baseline, label=name)
+    result: dict[str, Any] = {"label": name, **size_of(pruner.model)}
+    if args.tasks:
+        result["tasks"] = pruner.evaluate_tasks(args.tasks, limit=args.limit, num_fewshot=args.num_fewshot, label=name)
+    if config.dataset is not None or not args.tasks:
+        samples = fields.get("num_samples")
+        result |= pruner.evaluate(config.dataset, spec=spec, num_samples=samples, baseline=baseline, label=name)
     if args.prompt is not None:
         result["prompt"], result["text"] = args.prompt, _continuation(pruner, args.prompt)
     return result
@@ -202,73 +305,6 @@ def _continuation(pruner: BlockPruner, prompt: str) -> str:
     greedy = GenerationConfig(do_sample=False, max_new_tokens=32, pad_token_id=pruner.tokenizer.pad_token_id or 0)
     output = pruner.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     return pruner.tokenizer.decode(output[0], skip_special_tokens=True)
-
-
-def _summary(pruner: BlockPruner, output: str) -> str:
-    achieved = pruner.report.achieved
-    lines = [
-        f"{output}: {achieved['blocks_after']} of {achieved['blocks_before']} blocks, "
-        f"{achieved['parameters_after']:,} of {achieved['parameters_before']:,} parameters",
-    ]
-    if pruner.plan.width:
-        lines.append(f"removed by {pruner.plan.strategy}: {_removed(pruner.plan)}")
-    else:
-        lines.append(f"removed by {pruner.plan.strategy}, in this order: {_listed(pruner.plan.removed_blocks)}")
-    lines += [
-        f"perplexity of the {entry['label']} model on {entry['source']}: {entry['perplexity']:.2f} "
-        f"({entry['tokens']:,} tokens)"
-        for entry in pruner.report.evaluations
-    ]
-    return "\n".join(lines)
-
-
-_ROWS = (
-    ("blocks", "blocks", "{:,}"),
-    ("parameters", "parameters", "{:,}"),
-    ("size_bytes", "weights (MB)", "{:,.1f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("tokens", "scored tokens", "{:,}"),
-    ("kl", "KL to baseline (nats/token)", "{:.4f}"),
-    ("prefill_tokens_per_second", "prefill tokens/s", "{:.1f}"),
-    ("decode_tokens_per_second", "decode tokens/s", "{:.1f}"),
-    ("text", "continuation", "{!r}"),
-)
-
-
-def _table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per figure, one column per model; figures that were not measured have no row."""
-    lines = [" ".join([f"{'':<28}", *(f"{label:>24}" for label in results)])]
-    for key, title, form in _ROWS:
-        if any(key in result for result in results.values()):
-            cells = [_cell(key, result, form) for result in results.values()]
-            lines.append(" ".join([f"{title:<28}", *(f"{cell:>24}" for cell in cells)]))
-    return "\n".join(lines)
-
-
-def _cell(key: str, result: dict[str, Any], form: str) -> str:
-    if key not in result:
-        return "-"
-    return form.format(result[key] / 1e6 if key == "size_bytes" else result[key])
-
-
-def _listed(blocks: tuple[int, ...]) -> str:
-    return ", ".join(map(str, blocks)) if blocks else "nothing"
-
-
-def _removed(plan: PruningPlan) -> str:
-    """What a plan removes, in one line."""
-    parts = [f"{_listed(plan.removed_blocks)} of {plan.num_blocks} blocks"] if plan.removed_blocks else []
-    return " and ".join([*parts, *_narrowed(plan)]) or "nothing"
-
-
-def _narrowed(plan: PruningPlan) -> list[str]:
-    return [
-        f"{counts['before'] - counts['after']:,} of {counts['before']:,} {_FAMILIES[family]}"
-        for family, counts in plan.width.totals().items()
-    ]
-
-
-_FAMILIES = {"mlp": "MLP channels", "attention": "KV groups or heads"}
 
 
 def _show_progress() -> None:

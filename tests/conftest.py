@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,15 +18,18 @@ from pathlib import Path
 # Threads that wait for each other make tiny models slow, on a busy machine by a factor of 20; commands inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
-from torch import Tensor
-
-
 # pytest's importlib mode puts no test folder on the path, so that test files could not import the module beside them.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from local_hub import HUB, HUB_CACHE  # isort: split
+
+
+import pytest
+import torch
 from families import random_ids
+from hub_server import HubServer
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from torch import Tensor
 
 from optimum_blockprune import architectures
 from optimum_blockprune.batches import CalibrationWindows
@@ -35,6 +40,19 @@ from optimum_blockprune.table import table
 def threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models, all of them for the real one."""
     torch.set_num_threads(os.cpu_count() or 1 if "smollm2" in request.fixturenames else 1)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The server in place of the Hub, empty, with an empty cache; "me" is logged in and may write."""
+    HUB.reset()
+    shutil.rmtree(HUB_CACHE, ignore_errors=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    # huggingface_hub's own, each time it uploads a large file without Xet.
+    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+    disable_progress_bars()  # those of uploads that fail are never closed
+    yield HUB
+    enable_progress_bars()
 
 
 @pytest.fixture

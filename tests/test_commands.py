@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import optimum_blockprune
-from optimum_blockprune.commands import BlockPruneCommand, given_fields, model_arguments
+from optimum_blockprune.commands import BlockPruneCommand
+from optimum_blockprune.flags import given_fields, model_arguments
 from optimum_blockprune.errors import ConfigurationError, PlanError
 from optimum_blockprune.recipe import Recipe
 
@@ -146,7 +147,7 @@ def test_the_other_flags_of_plan_apply_and_evaluate() -> None:
         (["apply", "-m", "M", "OUT"], "required: --plan"),
         ([*COMMANDS["run"], "--sparsity", "0.2", "--num-blocks", "3"], "not allowed with argument --sparsity"),
         ([*COMMANDS["run"], "--sparsity", "0.2", "--blocks", "3"], "not allowed with argument --sparsity"),
-        ([*COMMANDS["run"], "--blocks", "3;4"], "expected block numbers such as 3,7,8, not '3;4'"),
+        ([*COMMANDS["run"], "--blocks", "3;4"], "expected numbers such as 3,7,8, not '3;4'"),
         ([*COMMANDS["run"], "--strategy-option", "fast"], "expected key=value, not 'fast'"),
         ([*COMMANDS["run"], "--num-samples", "few"], "invalid int value: 'few'"),
         ([*COMMANDS["run"], "--calibration-recipe", "x"], "invalid choice: 'x'"),
@@ -211,7 +212,7 @@ def test_help_shows_every_field_with_its_default(capsys, monkeypatch) -> None:
 
 def test_without_a_command_the_help_is_printed(capsys) -> None:
     run()
-    assert "{run,plan,apply,evaluate,check,strategies}" in capsys.readouterr().out
+    assert "{run,plan,apply,evaluate,check,push,report,strategies}" in capsys.readouterr().out
 
 
 def test_the_parser_is_built_without_heavy_libraries() -> None:

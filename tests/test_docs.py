@@ -11,9 +11,11 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import tiny_model
+from toys import text, toy_folder
 
 from optimum_blockprune import BlockPruner, PruningStrategy, available_strategies
 from optimum_blockprune.commands import BlockPruneCommand
@@ -81,12 +83,33 @@ def test_the_strategy_of_the_guide_works(tmp_path: Path, monkeypatch) -> None:
     assert strategy().select(context).removed_blocks == (3, 2)
 
 
+def test_the_sharing_guide_runs(hub: Any, tmp_path: Path, monkeypatch) -> None:
+    share, load, *_ = blocks(ROOT / "docs" / "sharing.md", "python")
+    monkeypatch.chdir(tmp_path)
+    dense = toy_folder(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(text(300))
+    (tmp_path / "held_out.txt").write_text(text(100, seed=1))
+    for published, ours in (
+        ('"HuggingFaceTB/SmolLM2-135M"', repr(str(dense))),
+        ('"wikitext2", num_samples=16', '"text.txt", num_samples=4, seqlen=16'),
+    ):
+        assert published in share
+        share = share.replace(published, ours)
+    names: dict[str, Any] = {}
+    exec(compile(share, "sharing.md", "exec"), names)
+    exec(compile(load, "sharing.md", "exec"), names)
+    assert names["model"].config.num_hidden_layers == 2
+    assert [entry["removed"] for entry in names["pruner"].report.depths] == [0, 1, 2, 3, 4]
+    assert [entry["label"] for entry in names["pruner"].report.evaluations] == ["dense", "pruned"]
+
+
 def test_every_strategy_and_every_method_is_described() -> None:
     page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
     built_in = {name for name, info in available_strategies().items() if info.distribution == "optimum-blockprune"}
     assert {heading for heading in re.findall(r"^## `(\w+)`", page, re.MULTILINE)} == built_in
-    called = set(re.findall(r"pruner\.(\w+)\(", (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")))
-    assert called and all(callable(getattr(BlockPruner, name)) for name in called)
+    for name in ("quickstart.md", "sharing.md", "evaluation.md"):
+        called = set(re.findall(r"pruner\.(\w+)\(", (ROOT / "docs" / name).read_text(encoding="utf-8")))
+        assert called and all(callable(getattr(BlockPruner, name)) for name in called)
 
 
 def test_budgets_are_described() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,15 @@ from optimum_blockprune import evaluation as evaluation_module
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.errors import ConfigurationError, NonFiniteError, UnsupportedModelError
 from optimum_blockprune.evaluation import EvaluationSpec, evaluate_model, size_of, speed_of
+from optimum_blockprune.generation import check_generation
 
 
-NO_SPEED = EvaluationSpec(speed=False)
+NO_SPEED = EvaluationSpec(speed=False, continuations=0)
 
 
 def measure(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, baseline=None, **spec) -> dict:
     windows = CalibrationWindows.from_tokens(ids, mask, source="random")
-    return evaluate_model(model, windows, EvaluationSpec(speed=False, **spec), baseline=baseline)
+    return evaluate_model(model, windows, EvaluationSpec(speed=False, continuations=0, **spec), baseline=baseline)
 
 
 def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ def test_speed_is_measured_whatever_the_model_generates_by_default(family: str) 
         lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
     windows = CalibrationWindows.from_tokens(random_ids(2, 12), source="random")
-    result = evaluate_model(model, windows, EvaluationSpec(decode_tokens=100))
+    result = evaluate_model(model, windows, EvaluationSpec(decode_tokens=100, continuations=0))
     assert result["prefill_tokens_per_second"] > 0 and result["decode_tokens_per_second"] > 0
     assert set(seen) == {1}  # no beams
     model._forward_pre_hooks.clear()
@@ -301,3 +303,19 @@ def test_size_counts_shared_weights_once() -> None:
     }
     half = size_of(tied.to(torch.bfloat16))
     assert half["size_bytes"] == 2 * half["parameters"]
+
+
+def test_continuations_are_checked_unless_left_out() -> None:
+    windows = CalibrationWindows.from_tokens(random_ids(3, 12), source="random")
+    result = evaluate_model(tiny_model("llama"), windows, EvaluationSpec(speed=False))
+    assert result["generation"] == check_generation(tiny_model("llama"), windows)
+    assert result["generation"]["continuations"] == 3
+    assert "generation" not in evaluate_model(
+        tiny_model("llama"), windows, EvaluationSpec(speed=False, continuations=0)
+    )
+
+
+@pytest.mark.parametrize("count", [-1, True, 1.5])
+def test_wrong_numbers_of_continuations(count: Any) -> None:
+    with pytest.raises(ConfigurationError, match="continuations must be a whole number from 0 on"):
+        EvaluationSpec(continuations=count)

@@ -37,7 +37,7 @@ FULL = {
     "seed": 0,
     "scores": {"1": 2.5},
     "steps": [{"block": 1, "loss": 2.5}],
-    "widths": {"mlp": {"units": 16, "kept": [8, None]}},
+    "widths": {"mlp": {"units": [16, 16], "kept": [8, None]}},
     "base": {"model": "org/name", "license": "mit"},
     "history": [{"strategy": "random", "removed_blocks": [0]}],
     "command": "optimum-cli blockprune run -m org/name --num-blocks 1 OUTPUT",

@@ -20,19 +20,22 @@ LAYERS = (
     ("widths",),
     ("joining",),
     # values, and tools that know neither models nor configurations
-    ("batches", "cuts", "environment", "kinds", "plan", "recipe", "registry", "report", "runtimes", "saving")
-    + ("stand_ins", "table", "text"),
-    ("card", "commands", "config", "losses", "model_rows", "names", "narrowing", "rules", "tensors"),
-    ("calibration", "constraints"),
-    ("architectures", "measures"),
+    ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
+    + ("request_tasks", "runtimes", "saving", "stand_ins", "table", "text"),
+    ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors"),
+    ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
+    + ("picture_quality", "picture_search"),
+    ("architectures", "measures", "page_quality", "pictures", "reproduce"),
+    ("page",),
+    ("card",),
     # one live model, and what is measured on its hidden states
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
-    ("per_layer",),
+    ("benchmark_tasks", "generation", "per_layer"),
     ("estimators", "ica", "loading", "runner", "skeleton", "tasks", "template"),
-    ("caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects", "units")
-    + ("joint_networks", "layer_stream", "mean_inputs"),
+    ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
+    + ("joint_networks", "layer_stream", "mean_inputs", "units"),
     ("block_bound", "checking", "plain_units", "strategies.ranking"),
-    ("trial",),
+    ("shell_text", "trial"),
     ("block_parts", "width_task"),
     ("output_bounds", "signals"),
     ("network_scores",),
@@ -50,8 +53,10 @@ LAYERS = (
         "strategies.similarity",
         "strategies.sleb",
     ),
-    ("sequence", "source"),
-    ("checkpoint", "pruner"),
+    ("depths", "sequence", "source"),
+    ("checkpoint", "measuring"),
+    ("publishing",),
+    ("pruner",),
     ("shell",),
 )
 # Imports inside a function that point upwards: shortcuts for the user, and what only a command or a plug-in needs.
@@ -63,7 +68,7 @@ DEFERRED = {
     ("registry", "strategies.base"),
 }
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
-LIGHT = ("__init__", "commands", "errors", "joining", "plan", "recipe", "registry", "report", "widths")
+LIGHT = ("__init__", "commands", "errors", "flags", "joining", "plan", "recipe", "registry", "report", "widths")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
 CHOOSERS = ("choosing", "width_task")

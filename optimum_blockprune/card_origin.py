@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a card says of where a model comes from: how to make it again, the dense model, its past and licence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .card_data import calibrations, direct_base, direct_repo, licence_link
+from .card_text import FAMILIES, HUB, code, counted, fenced, figure, hub_text, last_part, model_name, plain, text_name
+from .plan import PruningPlan
+from .report import PruningReport
+from .reproduce import PLACEHOLDER, apply_command
+
+
+_PROOFS = {
+    "logits": "The written checkpoint was loaded again and gave the outputs of the dense model with these parts "
+    "switched off.",
+    "keys": "The names and shapes of the written checkpoint were checked; its outputs were not.",
+}
+
+
+def again(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
+    """The commands, and everything that the choice depends on."""
+    loading = {name: report.base[name] for name in ("revision", "gguf_file", "subfolder") if name in report.base}
+    loading |= {"trust_remote_code": True} if report.base.get("remote_code") else {}
+    base = direct_base(plan, report)
+    applied = apply_command(plan.with_provenance(base_model=base), loading=loading)
+    if report.command and report.command != applied:
+        yield "This command makes the same checkpoint:"
+        yield fenced(report.command, "shell")
+    if applied:
+        yield "`pruning_plan.json` in this folder says what stays. It makes the same weights without data and search:"
+        yield fenced(applied, "shell")
+    else:
+        yield (
+            "`pruning_plan.json` in this folder says what stays. The dense model is a GGUF file: load it with "
+            "`BlockPruner.from_pretrained`, then `prune(plan=PruningPlan.from_file(...))`."
+        )
+    if PLACEHOLDER in f"{report.command} {applied}":
+        known = direct_repo(plan, report) is not None
+        here = f", here {model_name(base, loaded=known)}" if base else ""
+        unknown = "" if known else ", which is not known to be on the Hub"
+        yield f"`{PLACEHOLDER}` stands for the dense model{here}{unknown}."
+    if "--dataset" in str(report.command) and not all(
+        hub_text(str(each.get("source"))) for each in calibrations(plan, report)
+    ):
+        yield "The calibration text is a file that is not in this folder; its fingerprint tells whether another is it."
+    yield "\n".join(f"- {line}" for line in _settings(plan, report))
+
+
+def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
+    parts = plan.parts()
+    for part in parts:
+        name = code(part["strategy"])
+        of, by = (f" of {name}", f" by {name}") if len(parts) > 1 else ("", "")
+        yield f"Asked for{by}: {_pairs(part.get('requested'))}"
+        yield f"Options{of}: {_pairs(part.get('options'))}"
+        yield f"Seed{of}: {part.get('seed', 0)}"
+    for each in calibrations(plan, report):
+        yield f"Calibration text: {_calibration(each)}"
+    if not calibrations(plan, report):
+        yield "Calibration text: none was used"
+    if report.verification:
+        mode = report.verification.get("mode")
+        yield f"Proof: {_PROOFS.get(mode, 'passed.') if report.verification.get('passed') else 'none was made.'}"
+    if report.versions:
+        yield f"Versions: {_versions(report.versions)}"
+    if plan.versions and dict(plan.versions) != report.versions:
+        yield f"Versions that chose: {_versions(plan.versions)}"
+
+
+def _versions(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{plain(name)} {plain(each)}" for name, each in versions.items())
+
+
+def _pairs(values: Mapping[str, Any] | None) -> str:
+    """Names and values, the same whether they come from a file or not."""
+    return ", ".join(code(f"{name}={_value(value)}") for name, value in (values or {}).items()) or "none"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _calibration(entry: Mapping[str, Any]) -> str:
+    """Which text, how much of it, and the fingerprint that tells whether another one is the same."""
+    parts = [code(text_name(str(entry.get("source", "unnamed text"))))]
+    if entry.get("windows") is not None:
+        parts.append(f"{counted(entry['windows'], 'window')} of {figure(entry.get('seqlen'))} tokens")
+    if entry.get("tokens") is not None:
+        parts.append(f"{counted(entry['tokens'], 'token')} in all")
+    if entry.get("recipe"):
+        parts.append(f"recipe {code(entry['recipe'])}")
+    return ", ".join([*parts, f"fingerprint {code(entry.get('fingerprint', 'unknown'))}"])
+
+
+def origin(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
+    """The dense model, what was pruned from it before, and its licence."""
+    base, repo = report.base, direct_repo(plan, report)
+    name = model_name(direct_base(plan, report), loaded=repo is not None)
+    commit = f", commit {code(base['revision'])}" if base.get("revision") else ""
+    card = f"; what it is good for is said in [its own card]({HUB}/{repo})" if repo else ""
+    known = direct_base(plan, report) is not None
+    yield f"The dense model is {name}{commit}{card}." if known else "The name of the dense model is not known."
+    if report.history:
+        yield "It was pruned before, the oldest step first:"
+        yield "\n".join(f"{place}. {_earlier(each)}" for place, each in enumerate(report.history, 1))
+    yield _licence(plan, report)
+
+
+def _earlier(entry: Mapping[str, Any]) -> str:
+    gone = []
+    if entry.get("removed_blocks"):
+        blocks = ", ".join(map(str, entry["removed_blocks"]))
+        gone.append(f"blocks {plain(blocks)} of {figure(entry.get('num_blocks'))}")
+    gone += [
+        f"{figure(each['before'] - each['after'])} of {figure(each['before'])} {plain(FAMILIES.get(family, family))}"
+        for family, each in (entry.get("units") or {}).items()
+    ]
+    tool = (entry.get("versions") or {}).get("optimum-blockprune")
+    by = f" by {code(entry.get('strategy', 'unknown'))}" + (f" (optimum-blockprune {plain(tool)})" if tool else "")
+    return f"{model_name(entry.get('base_model'))} lost {' and '.join(gone) or 'nothing'}{by}"
+
+
+def _licence(plan: PruningPlan, report: PruningReport) -> str:
+    """What the dense model's own card states; nothing is made up."""
+    base, link = report.base, licence_link(plan, report)
+    stated = base.get("license_name") or base.get("license")
+    if not stated:
+        return "Licence: not known, because none was found with the dense model. Look there before you use this one."
+    names = ", ".join(map(code, stated if isinstance(stated, list) else [stated]))
+    terms = f" ([terms]({link}))" if link else ""
+    place = base.get("card")
+    seen = f", read from {_place(place)}" if place else ""
+    return f"Licence: that of the dense model, {names}{terms}{seen}."
+
+
+def _place(place: str) -> str:
+    return f"[its card]({place})" if place.startswith(f"{HUB}/") else code(last_part(place))
