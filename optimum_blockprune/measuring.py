@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,6 @@ from .report import PruningReport
 
 
 logger = logging.get_logger("optimum.blockprune.measuring")
-
-# Of many depths, text generated at each would take most of the time.
-DEPTHS_SPEC = EvaluationSpec(continuations=0)
 
 
 class Measuring:
@@ -62,7 +60,7 @@ class Measuring:
         Returns:
             See `evaluation.evaluate_model`; also appended to `report.evaluations`.
         """
-        spec = spec or EvaluationSpec(batch_size=self.config.recipe.batch_size)
+        spec = spec or self._spec()
         text = self._text(dataset, num_samples, spec)
         if isinstance(baseline, (str, Path)):
             baseline = load_model(baseline, dtype=self.model.dtype, device_map={"": self.model.device})
@@ -115,7 +113,7 @@ class Measuring:
         counts: Iterable[int] | None = None,
         *,
         num_samples: int | None = None,
-        spec: EvaluationSpec = DEPTHS_SPEC,
+        spec: EvaluationSpec | None = None,
     ) -> list[dict[str, Any]]:
         """Measures quality against depth: the model with 0, 1, 2, ... blocks of its plan removed, one after the other.
 
@@ -126,7 +124,7 @@ class Measuring:
             counts: Numbers of removed blocks to measure; every one up to the plan's unless given. The dense model is
                 always measured.
             num_samples: As for `evaluate`.
-            spec: As for `evaluate`; nothing is generated unless it says so.
+            spec: As for `evaluate`; the first and the last depth only are asked to continue text, which takes long.
 
         Returns:
             One entry per depth, the dense model first; see `PruningReport.depths`, where they are kept as well.
@@ -134,14 +132,15 @@ class Measuring:
         Raises:
             PlanError: There is no plan, the model was pruned already, or the plan cannot be cut that short.
         """
-        plan = self._dense_plan()
+        plan, spec = self._dense_plan(), spec or self._spec()
         counts = checked_counts(plan, range(len(plan.removed_blocks) + 1) if counts is None else counts)
         text = self._text(dataset, num_samples, spec)
         found = []
         with self.report.timed("depths"):
             for count in tqdm(counts, desc="Depths", leave=False):
                 with pruned_to(self.model, plan.truncate(count)):
-                    found.append(measured_depth(self.model, plan.stack, count, text, spec))
+                    writes = count in (counts[0], counts[-1])
+                    found.append(measured_depth(self.model, plan.stack, count, text, spec, writes=writes))
         self.report.depths = found
         return found
 
@@ -163,13 +162,32 @@ class Measuring:
             raise CalibrationError("There is no text to evaluate on: give dataset=... (--dataset PATH).")
         return held_out(self.model, self.config.recipe, self.tokenizer, dataset, num_samples, spec.stride)
 
+    def _spec(self) -> EvaluationSpec:
+        return EvaluationSpec(batch_size=self.config.recipe.batch_size)
+
     def _label(self) -> str:
         return "pruned" if getattr(self.model.config, "block_pruning", None) else "dense"
 
 
 def measured_depth(
-    model: PreTrainedModel, stack: str, removed: int, text: CalibrationWindows | None, spec: EvaluationSpec
+    model: PreTrainedModel,
+    stack: str,
+    removed: int,
+    text: CalibrationWindows | None,
+    spec: EvaluationSpec,
+    *,
+    writes: bool,
 ) -> dict[str, Any]:
-    """The entry of `PruningReport.depths` for a model as it is now; without `text` its size only."""
+    """The entry of `PruningReport.depths` for a model as it is now; without `text` its size only.
+
+    Args:
+        model: Is measured.
+        stack: Whose blocks are counted.
+        removed: Number of blocks that are gone.
+        text: Held-out text.
+        spec: What to measure.
+        writes: Whether the model also continues text, as `spec` says.
+    """
+    spec = spec if writes else replace(spec, continuations=0)
     measured = {} if text is None else evaluate_model(model, text, spec)
     return {"removed": removed, **measured, **size_of(model, stack)}

@@ -206,13 +206,18 @@ def _search(report: PruningReport) -> Iterator[Html | None]:
         yield folded("Step by step, as a table", table(head, rows))
 
 
+def _listed(value: Any) -> list[str]:
+    """One text or several."""
+    return [str(each) for each in (value if isinstance(value, list) else [value]) if each]
+
+
 def _again(report: PruningReport) -> Iterator[Html | None]:
     if report.command:
         yield paragraph("This command makes the same checkpoint again:")
         yield tag("pre", tag("code", report.command), class_="wrap")
     else:
-        yield paragraph("The plan in this folder says what to keep; applying it needs no data and no search:")
-        yield tag("pre", tag("code", "optimum-cli blockprune apply -m BASE_MODEL --plan pruning_plan.json OUTPUT"))
+        yield paragraph("The plan in this folder, applied to the dense model in memory, gives the same again:")
+        yield tag("pre", tag("code", "PruningPlan.from_file('pruning_plan.json').apply(model)"))
     chosen = report.calibration or {}
     source = chosen.get("source")
     options = ", ".join(f"{name}={value}" for name, value in report.options.items())
@@ -256,7 +261,7 @@ def _origin(report: PruningReport) -> Iterator[Html | None]:
         (
             ("dense model", _base(report) if base.get("model") else None),
             ("its commit", tag("code", base["revision"]) if base.get("revision") else None),
-            ("its licence", base.get("license_name") or base.get("license")),
+            ("its licence", ", ".join(_listed(base.get("license_name") or base.get("license"))) or None),
             ("language", ", ".join(languages) if isinstance(languages, list) else languages),
             *((f"{name} version", version) for name, version in report.versions.items()),
         )

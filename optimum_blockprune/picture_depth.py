@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .card_text import FAMILIES
 from .picture_style import (
     APART,
     GONE,
@@ -58,7 +59,6 @@ _MEANINGS = {
     "functional_network": "part in the functional networks (low ones tend to go first)",
 }
 _PALE = "#dbe3ea"
-FAMILIES = {"mlp": "MLP channels", "attention": "attention heads"}
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,13 @@ class BlockPruner(Publishing):
         """
         if isinstance(model_or_path, (str, Path)):
             report = PruningReport()
+            named = {"tokenizer": str(tokenizer)} if isinstance(tokenizer, (str, Path)) else {}
             with report.timed("load"):
                 model = load_model(model_or_path, **kwargs)
                 if tokenizer is None:
                     tokenizer = find_tokenizer(model_or_path, **kwargs)
             pruner = cls(model, config, _tokenizer(tokenizer, kwargs))
-            pruner.report, pruner._source, pruner._loading = report, str(model_or_path), kwargs
+            pruner.report, pruner._source, pruner._loading = report, str(model_or_path), {**kwargs, **named}
             pruner.processor = find_processor(model_or_path, model, **kwargs)
             return pruner
         if kwargs:

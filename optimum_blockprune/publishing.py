@@ -22,7 +22,7 @@ from .errors import ConfigurationError, HubError, PlanError
 from .evaluation import EvaluationSpec, size_of
 from .gate import Expectation, check_mode, prove_folder, require_proof
 from .hub import check_repo_id, push_folder
-from .measuring import DEPTHS_SPEC, Measuring, measured_depth
+from .measuring import Measuring, measured_depth
 from .plan import PruningPlan
 from .records import record, write_records
 from .report import PruningReport
@@ -186,7 +186,7 @@ class Publishing(Measuring):
         *,
         dataset: Any = None,
         num_samples: int | None = None,
-        spec: EvaluationSpec = DEPTHS_SPEC,
+        spec: EvaluationSpec | None = None,
         every_depth: bool = False,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
@@ -201,7 +201,7 @@ class Publishing(Measuring):
             counts: Numbers of blocks to remove, none larger than the plan's.
             dataset: Held-out text to measure each depth on, for the common table in their reports and cards; without
                 it the table has sizes only.
-            num_samples, spec: As for `measure_depths`.
+            num_samples, spec: As for `evaluate`; only what is written, and the dense model, is asked to continue text.
             every_depth: Measure all depths up to the largest, not only those that are written.
             max_shard_size: As in transformers.
             overwrite: Whether `save_dir` may be replaced.
@@ -214,24 +214,19 @@ class Publishing(Measuring):
             PlanError: There is no plan, the model was pruned already, or the plan cannot be cut that short.
             OutputError: The folder exists, may not be written, or the disk is full; nothing is left of it.
         """
-        plan = self._dense_plan()
-        wanted = [count for count in checked_counts(plan, counts) if count]
-        if not wanted:
-            raise ConfigurationError("Nothing is exported: every count is 0, which is the dense model.")
+        plan, spec = self._dense_plan(), spec or self._spec()
+        wanted = self._exportable(save_dir, counts, overwrite=overwrite, verify=verify)
         if every_depth and dataset is None:
             raise ConfigurationError("every_depth=True measures, which needs text: give dataset=...")
         measured = checked_counts(plan, range(max(wanted) + 1) if every_depth else wanted)
-        for count in wanted:
-            self.check_save(save_dir, plan=plan.truncate(count), overwrite=overwrite, verify=verify)
-        total = sum(self._bytes_after(plan.truncate(count)) for count in wanted)
-        check_output(save_dir, overwrite=overwrite, needed_bytes=total)
         text = None if dataset is None else self._text(dataset, num_samples, spec)
         entries, exported = [], []
         with atomic_folder(save_dir, overwrite=overwrite) as folder:
             for count in measured:
                 with pruned_to(self.model, plan.truncate(count)) as expected:
                     with self.report.timed("depths"):
-                        entries.append(measured_depth(self.model, plan.stack, count, text, spec))
+                        writes = count in (0, *wanted)
+                        entries.append(measured_depth(self.model, plan.stack, count, text, spec, writes=writes))
                     if count in wanted:
                         exported.append(self._exported(folder, expected, entries, max_shard_size, verify))
             self.report.depths = entries
@@ -239,6 +234,18 @@ class Publishing(Measuring):
                 each.report.depths = copy.deepcopy(entries)
                 write_records(folder / each.name, each.plan, each.report, title=each.name, config=self.config)
         return {each.entry["removed"]: Path(save_dir) / each.name for each in exported}
+
+    def _exportable(self, save_dir: str | Path, counts: Iterable[int], *, overwrite: bool, verify: str) -> list[int]:
+        """The depths to write, in ascending order, once nothing speaks against them; see `export` for the errors."""
+        plan = self._dense_plan()
+        wanted = [count for count in checked_counts(plan, counts) if count]
+        if not wanted:
+            raise ConfigurationError("Nothing is exported: every count is 0, which is the dense model.")
+        parts = [plan.truncate(count) for count in wanted]
+        for part in parts:
+            self.check_save(save_dir, plan=part, overwrite=overwrite, verify=verify)
+        check_output(save_dir, overwrite=overwrite, needed_bytes=sum(map(self._bytes_after, parts)))
+        return wanted
 
     def _exported(
         self,

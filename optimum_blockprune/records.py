@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .architectures import layout_for
 from .base_card import CARD_FILE, base_facts
 from .blocks import find_blocks
-from .card import model_card
+from .card import model_card, title_of
 from .config import BlockPruningConfig, save_config_of
 from .environment import peak_memory, versions
 from .evaluation import size_of
@@ -53,7 +53,8 @@ def record(
     after = size_of(model, plan.stack)
     _record_plan(report, plan)
     _record_origin(report, model, source, dict(loading or {}))
-    report.command = command_for(plan, config, revision=report.base.get("revision"), loading=loading)
+    named = plan.with_provenance(base_model=report.base.get("model") or plan.base_model)
+    report.command = command_for(named, config, revision=report.base.get("revision"), loading=loading)
     for name in ("blocks", "parameters"):
         report.achieved[f"{name}_before"] = before[name]
         report.achieved[f"{name}_after"] = after[name]
@@ -90,6 +91,7 @@ def _record_origin(
 ) -> None:
     """The dense model's own facts, looked up once, and what was pruned from it before."""
     place = source or getattr(model.config, "_name_or_path", None)
+    loading.pop("tokenizer", None)
     if not report.base and place:
         # The network is asked only if the model itself came from there in this process.
         report.base = base_facts(place, config=model.config, network=source is not None, **loading)
@@ -170,7 +172,7 @@ def update_records(folder: Path, change: Callable[[PruningReport], None] | None 
     """
     plan, report = PruningPlan.from_file(folder), PruningReport.from_file(folder)
     card = folder / CARD_FILE
-    title = _title(card) or folder.resolve().name
+    title = (title_of(card.read_text(encoding="utf-8")) if card.is_file() else None) or folder.resolve().name
     had = [name for name in PICTURES if (folder / name).is_file()]
     ours = not card.is_file() or card.read_text(encoding="utf-8") == str(
         model_card(plan, report, title=title, pictures=had)
@@ -187,9 +189,3 @@ def update_records(folder: Path, change: Callable[[PruningReport], None] | None 
             "again to have it made anew."
         )
     return report
-
-
-def _title(card: Path) -> str | None:
-    """The heading of a card; a folder may have another name by now."""
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    return next((line[2:] for line in lines if line.startswith("# ")), None)

@@ -88,5 +88,15 @@ def degenerated(pruned: Mapping[str, Any], dense: Mapping[str, Any] | None = Non
     return None
 
 
+def collapsed(evaluations: Sequence[Mapping[str, Any]]) -> str | None:
+    """`degenerated` for the entries of a report: the last of the pruned model, and the dense model's on that text."""
+    written = [entry for entry in evaluations if entry.get("generation")]
+    last = next((entry for entry in reversed(written) if entry.get("label") == "pruned"), None)
+    if last is None:
+        return None
+    alike = [e for e in written if e.get("label") == "dense" and e.get("fingerprint") == last.get("fingerprint")]
+    return degenerated(last["generation"], alike[-1]["generation"] if alike else None)
+
+
 def _grams(tokens: Sequence[Any], n: int) -> Iterator[tuple[Any, ...]]:
     return zip(*(tokens[start:] for start in range(n)), strict=False)

@@ -53,26 +53,33 @@ def run(args: Namespace) -> None:
     stack = getattr(args, "stack", None)
     plan = PruningPlan.from_blocks(pruner.model, args.blocks, stack=stack) if args.blocks else None
     pruner.check_save(args.output, plan=plan, overwrite=args.overwrite, verify=args.verify)
-    _measure_now(args, pruner)
-    if args.export or args.curve:
+    deep = bool(args.export or args.curve)
+    _measure_now(args, pruner, text=not deep)
+    if deep:
         plan = pruner.plan = plan or pruner.make_plan()
     if args.export:
         _export(args, pruner)
         return
     if args.curve:
-        pruner.measure_depths(args.eval_dataset)
+        _measure_curve(args, pruner)
     pruner.prune(plan=plan)
-    _measure_now(args, pruner)
+    _measure_now(args, pruner, text=not deep)
     pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)
     _print(args, {"output": args.output, **pruner.report.to_dict()}, summary(pruner.report, pruner.plan, args.output))
 
 
-def _measure_now(args: Namespace, pruner: BlockPruner) -> None:
+def _measure_now(args: Namespace, pruner: BlockPruner, *, text: bool) -> None:
     """Measures the model as it is now, dense or pruned, as far as that was asked for."""
     if args.tasks:
         pruner.evaluate_tasks(args.tasks, limit=args.limit, num_fewshot=args.num_fewshot)
-    if args.eval_dataset is not None:
-        pruner.evaluate(args.eval_dataset)
+    if text and args.eval_dataset is not None:
+        pruner.evaluate(args.eval_dataset, num_samples=args.eval_samples)
+
+
+def _measure_curve(args: Namespace, pruner: BlockPruner) -> None:
+    """Measures every depth; its two ends are what the model is before and after."""
+    depths = pruner.measure_depths(args.eval_dataset, num_samples=args.eval_samples)
+    pruner.report.evaluations += [{"label": "dense", **depths[0]}, {"label": "pruned", **depths[-1]}]
 
 
 def _export(args: Namespace, pruner: BlockPruner) -> None:
@@ -80,6 +87,7 @@ def _export(args: Namespace, pruner: BlockPruner) -> None:
         args.output,
         args.export,
         dataset=args.eval_dataset,
+        num_samples=args.eval_samples,
         every_depth=args.curve,
         overwrite=args.overwrite,
         verify=args.verify,
@@ -263,6 +271,8 @@ def _refuse_search_flags(args: Namespace) -> None:
     given = [name for name in sorted(given_fields(args)) if name not in used] + (["config"] if args.config else [])
     if args.blocks and given:
         raise ConfigurationError(f"--blocks names the blocks itself; {', '.join(given)} would have no effect.")
+    if args.eval_samples is not None and args.eval_dataset is None:
+        raise ConfigurationError("--eval-samples only counts together with --eval-dataset.")
     _refuse_task_flags(args)
 
 

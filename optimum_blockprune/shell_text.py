@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .card_text import FAMILIES
 from .checking import Check
 from .plan import PruningPlan
-from .repetition import degenerated
+from .repetition import collapsed
 from .report import PruningReport
 from .widths import spelled
 
@@ -30,17 +31,10 @@ def summary(report: PruningReport, plan: PruningPlan, output: str) -> str:
         for entry in report.evaluations
     ]
     lines += [f"{entry['label']} model on {entry['task']}: {_score(entry)}" for entry in report.task_results]
-    warning = _degeneration(report.evaluations)
-    return "\n".join(
-        [*lines, *([warning] if warning else []), *([depth_table(report.depths)] if report.depths else [])]
-    )
-
-
-def _degeneration(evaluations: list[dict[str, Any]]) -> str | None:
-    """A warning if what the pruned model writes has collapsed."""
-    last = {entry["label"]: entry["generation"] for entry in evaluations if "generation" in entry}
-    reason = degenerated(last["pruned"], last.get("dense")) if "pruned" in last else None
-    return f"warning: the pruned model no longer writes as before: {reason}" if reason else None
+    reason = collapsed(report.evaluations)
+    if reason:
+        lines.append(f"warning: the text that the pruned model writes has collapsed: {reason}")
+    return "\n".join([*lines, *([depth_table(report.depths)] if report.depths else [])])
 
 
 def _score(entry: dict[str, Any]) -> str:
@@ -124,12 +118,9 @@ def removed(plan: PruningPlan) -> str:
 def narrowed(plan: PruningPlan) -> list[str]:
     """What goes of each family of units."""
     return [
-        f"{counts['before'] - counts['after']:,} of {counts['before']:,} {_FAMILIES[family]}"
+        f"{counts['before'] - counts['after']:,} of {counts['before']:,} {FAMILIES[family]}"
         for family, counts in plan.width.totals().items()
     ]
-
-
-_FAMILIES = {"mlp": "MLP channels", "attention": "KV groups or heads"}
 
 
 def described(check: Check) -> str:

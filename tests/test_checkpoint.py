@@ -206,17 +206,17 @@ def test_companions_are_copied_and_stale_files_are_not(llama: Path, tmp_path: Pa
     for name in [*kept, *stale]:
         (llama / name).parent.mkdir(exist_ok=True)
         (llama / name).write_text("{}")
-    (llama / "README.md").write_text("The dense model.")
+    (llama / "README.md").write_text("My own dense model.")
     (llama / "pruning_report.json").write_text('{"tokens": 5}')
 
     apply_to_checkpoint(plan_of(), llama, tmp_path / "pruned")
 
     pruned = tmp_path / "pruned"
     written = {str(path.relative_to(pruned)) for path in pruned.rglob("*") if path.is_file()}
-    own = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    own = {"config.json", "generation_config.json", "model.safetensors", "README.md", "pruning_depth.png"}
     assert written == {*kept, *own, "pruning_plan.json", "pruning_report.json", "block_pruning_config.json"}
     assert BlockPruningConfig.from_pretrained(pruned).strategy == "manual"
-    assert "The dense model" not in (pruned / "README.md").read_text()
+    assert "My own dense model" not in (pruned / "README.md").read_text()
     assert (pruned / "generation_config.json").read_bytes() == (llama / "generation_config.json").read_bytes()
 
 

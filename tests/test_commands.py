@@ -13,8 +13,8 @@ import pytest
 
 import optimum_blockprune
 from optimum_blockprune.commands import BlockPruneCommand
-from optimum_blockprune.flags import given_fields, model_arguments
 from optimum_blockprune.errors import ConfigurationError, PlanError
+from optimum_blockprune.flags import given_fields, model_arguments
 from optimum_blockprune.recipe import Recipe
 
 

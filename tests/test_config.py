@@ -9,7 +9,6 @@ import pickle
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from optimum.configuration_utils import BaseConfig
@@ -19,28 +18,6 @@ from optimum_blockprune.config import CONFIG_FILE, FIELD_NAMES, BlockPruningConf
 from optimum_blockprune.errors import ConfigurationError, OutputError, UnknownStrategyError
 from optimum_blockprune.plan import PruningPlan
 from optimum_blockprune.recipe import Recipe
-
-
-@pytest.fixture
-def hub(monkeypatch) -> list[tuple]:
-    """Replaces the Hub by a list of the calls that would have reached it."""
-    calls: list[tuple] = []
-
-    class FakeApi:
-        def __init__(self, **kwargs) -> None:
-            calls.append(("HfApi", kwargs))
-
-        def create_repo(self, repo_id, **kwargs) -> SimpleNamespace:
-            calls.append(("create_repo", repo_id, kwargs))
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-        def upload_folder(self, *, folder_path, **kwargs) -> str:
-            content = json.loads((Path(folder_path) / CONFIG_FILE).read_text())
-            calls.append(("upload_folder", content, kwargs))
-            return "commit"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    return calls
 
 
 def full_config() -> BlockPruningConfig:
@@ -220,28 +197,3 @@ def test_a_plan_says_which_stack_it_is_about(stack: str) -> None:
     config = BlockPruningConfig.from_plan(PruningPlan.from_removed("bart", 6, [3, 1], **found))
     assert (config.strategy, config.sparsity, config.seed, config.stack) == ("random", 0.4, 3, said)
     assert BlockPruningConfig.from_dict(config.to_dict()).stack == said
-
-
-def test_save_pretrained_pushes(hub, tmp_path) -> None:
-    config = full_config()
-    config.save_pretrained(tmp_path / "mine", push_to_hub=True, token="t", private=True, commit_message="first")
-    assert hub == [
-        ("HfApi", {"token": "t"}),
-        ("create_repo", "mine", {"private": True, "exist_ok": True}),
-        (
-            "upload_folder",
-            config.to_dict(),
-            {"repo_id": "me/mine", "allow_patterns": CONFIG_FILE, "commit_message": "first"},
-        ),
-    ]
-
-
-def test_push_to_hub(hub) -> None:
-    assert BlockPruningConfig("random").push_to_hub("there", create_pr=True) == "commit"
-    name, content, kwargs = hub[-1]
-    assert (name, content["strategy"], kwargs["repo_id"], kwargs["create_pr"]) == (
-        "upload_folder",
-        "random",
-        "me/there",
-        True,
-    )

@@ -81,7 +81,9 @@ def test_some_depths_with_speed() -> None:
     pruner.make_plan()
     found = pruner.measure_depths(TEXTS[:3], [2])
     assert [entry["removed"] for entry in found] == [0, 2]
-    assert all(entry["decode_tokens_per_second"] > 0 and "generation" not in entry for entry in found)
+    assert all(entry["decode_tokens_per_second"] > 0 and entry["generation"] for entry in found)
+    middle = pruner.measure_depths(TEXTS[:3])[1:-1]
+    assert len(middle) == 2 and not any("generation" in entry for entry in middle)
 
 
 def test_depths_of_another_plan_are_forgotten() -> None:

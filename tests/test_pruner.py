@@ -50,10 +50,12 @@ WITHOUT_TOKENIZER = {
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "pruning_depth.png",
     "pruning_plan.json",
     "pruning_report.json",
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+SEARCH = {"pruning_search.png"}  # where losses of candidates are known
 NO_SPEED = EvaluationSpec(speed=False)
 
 
@@ -232,7 +234,7 @@ def test_the_folder_is_an_ordinary_checkpoint_with_everything_beside_it(dense: P
     pruner = BlockPruner.from_pretrained(dense, config())
     model = pruner.prune(save_dir=str(out))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert files_below(out).keys() == WITHOUT_TOKENIZER | TOKENIZER_FILES
+    assert files_below(out).keys() == WITHOUT_TOKENIZER | TOKENIZER_FILES | SEARCH
     reloaded = AutoModelForCausalLM.from_pretrained(out)
     assert_same_weights(reloaded.state_dict(), model.state_dict())
     assert torch.equal(plain_logits(reloaded, ids), plain_logits(model, ids))
@@ -344,7 +346,7 @@ def test_an_existing_folder_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert not forwards and files_below(tmp_path) == {"notes.txt": b"mine"}
     assert_unchanged(pruner.model, before)
     pruner.prune(tmp_path, overwrite=True)
-    assert files_below(tmp_path).keys() == WITHOUT_TOKENIZER | TOKENIZER_FILES
+    assert files_below(tmp_path).keys() == WITHOUT_TOKENIZER | TOKENIZER_FILES | SEARCH
     with pytest.raises(OutputError, match="exists and is not empty"):
         pruner.save_pretrained(tmp_path)
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, PruningReport
 from optimum_blockprune import gate as gate_module
 from optimum_blockprune import pruner as pruner_module
+from optimum_blockprune import publishing as publishing_module
 from optimum_blockprune import sequence as sequence_module
 from optimum_blockprune.errors import ConfigurationError, UnsupportedModelError, VerificationError
 from optimum_blockprune.gate import prove_live
@@ -191,8 +192,8 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int
         (gate_module, "prove_live", 2, KeyboardInterrupt(), "per_layer"),
         (sequence_module, "provenance", 1, KeyboardInterrupt(), "per_layer"),
         (pruner_module, "record", 1, RuntimeError("no"), "uniform"),
-        (pruner_module, "prove_folder", 1, VerificationError("no"), "per_layer"),
-        (pruner_module, "write_records", 1, KeyboardInterrupt(), "uniform"),
+        (publishing_module, "prove_folder", 1, VerificationError("no"), "per_layer"),
+        (publishing_module, "write_records", 1, KeyboardInterrupt(), "uniform"),
     ],
 )
 def test_a_failure_takes_all_steps_back(
@@ -335,7 +336,8 @@ def test_the_folder_of_a_list(tmp_path: Path) -> None:
     # No one configuration says what was done.
     assert "block_pruning_config.json" not in files_below(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "with 2 of its 5 transformer blocks and 50.0% of its MLP channels and 50.0% of its attention heads" in card
+    units = "50.0 % of its MLP channels and 50.0 % of its KV groups or heads"
+    assert f"with 2 of its 5 transformer blocks, {units} removed" in card
 
 
 def test_twice_through_folders_remembers_both(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def test_push_prints_where_it_went(folder: Path, hub: Any, capsys) -> None:
     printed = output(capsys, "push", folder, "me/small", "--commit-message", "Smaller").strip()
     assert "/me/small/commit/" in printed
     assert PruningPlan.from_hub("me/small") == PruningPlan.from_file(folder)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore.\n")
     result = json.loads(output(capsys, "push", folder, "me/small", "--create-pr", "--json"))
     assert result["repo_id"] == "me/small" and result["pr_url"]
 

@@ -85,7 +85,8 @@ def test_run_measures_before_and_after_if_asked(dense: Path, data: Path, tmp_pat
     for entry in entries:
         line = f"perplexity of the {entry['label']} model on {data}: {entry['perplexity']:.2f} (270 tokens)"
         assert line in printed.splitlines()
-    assert f"| pruned | {data} | 270 |" in ModelCard.load(tmp_path / "out" / "README.md").text
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert f"Measured on `{data.name}`" in card and "| tokens scored | 270 | 270 |" in card
     # Named blocks are measured on windows of the same length.
     measured = ["--seqlen", "16", "--batch-size", "1", "--eval-dataset", data]
     run("run", "-m", dense, "--blocks", "2", *measured, tmp_path / "named")

@@ -21,12 +21,12 @@ LAYERS = (
     ("joining",),
     # values, and tools that know neither models nor configurations
     ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
-    + ("request_tasks", "runtimes", "saving", "stand_ins", "table", "text"),
+    + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files"),
     ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors"),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
     + ("picture_quality", "picture_search"),
     ("architectures", "measures", "page_quality", "pictures", "reproduce"),
-    ("page",),
+    ("card_origin", "card_quality", "page"),
     ("card",),
     # one live model, and what is measured on its hidden states
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),

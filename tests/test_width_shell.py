@@ -89,8 +89,9 @@ def test_plan_and_apply_give_what_run_gives(layout: str, dense: Path, tmp_path: 
         assert settings[0] == settings[1]
         reports = [json.loads((tmp_path / name / "pruning_report.json").read_text()) for name in ("run", verify)]
         assert reports[0]["achieved"] == reports[1]["achieved"] and reports[0]["runtimes"] == reports[1]["runtimes"]
-        cards = [(tmp_path / name / "README.md").read_text().splitlines() for name in ("run", verify)]
-        assert cards[0][cards[0].index("## What was removed") :] == cards[1][cards[1].index("## What was removed") :]
+        cards = [(tmp_path / name / "README.md").read_text() for name in ("run", verify)]
+        first, second = (card.split("## What was removed\n")[1].split("## Quality\n")[0] for card in cards)
+        assert first == second
     assert files_below(dense) == before
 
 
@@ -277,16 +278,16 @@ def test_the_card_says_what_was_removed(layout: str, order: str, tmp_path: Path)
     pruner = pruned(layout, tmp_path / "out")
     lines, tags = read_card(tmp_path / "out")
     assert tags == ["pruned", "structured-pruning", "width-pruning", "optimum", "magnitude"]
-    text = "A model with 33.3% of its MLP channels and 50.0% of its attention heads (in whole KV groups) removed by"
-    assert text in lines
-    assert f"Strategy `magnitude`; layout `{layout}`: {order}." in lines
+    text = "with 33.3 % of its MLP channels and 50.0 % of its KV groups or heads removed"
+    assert any(line.startswith(f"This is a model of unknown name {text}") for line in lines)
+    assert any(f"Width, layout `{layout}`: {order}." in line for line in lines)
     assert f"| blocks | {DEPTH} | {DEPTH} |" in lines
     assert (
         f"| parameters | {tiny_model('llama', DEPTH).num_parameters():,} | {pruner.model.num_parameters():,} |"
         in lines
     )
     assert "| MLP channels, all blocks | 192 | 128 |" in lines
-    assert "| attention heads (in whole KV groups), all blocks | 8 | 4 |" in lines
+    assert "| KV groups or heads, all blocks | 8 | 4 |" in lines
     # As many in every block: there is nothing to fill up.
     assert not any("zeros that fill up" in line for line in lines)
 
@@ -323,11 +324,11 @@ def test_depth_and_width_in_one_card(tmp_path: Path) -> None:
     lines, tags = read_card(tmp_path / "out")
     depth = ["block-pruning", "depth-pruning"]
     assert tags == ["pruned", *depth, "structured-pruning", "width-pruning", "optimum", "random", "magnitude"]
-    assert "A model with 1 of its 4 transformer blocks and 33.3% of its MLP channels removed by" in lines
+    text = "with 1 of its 4 transformer blocks and 33.3 % of its MLP channels removed by"
+    assert any(text in line for line in lines)
     (removed,) = pruner.plan.removed_blocks
-    assert (
-        f"Strategy `random+magnitude`; removed blocks, in order: {removed}; layout `uniform`: every block keeps the "
-        "same number of them." in lines
-    )
+    assert any(f"Removed blocks, in order: {removed} " in line for line in lines)
+    assert any("`random`, then `magnitude`" in line for line in lines)
+    assert any("layout `uniform`: every block keeps the same number of them." in line for line in lines)
     assert "| MLP channels, all blocks | 144 | 96 |" in lines and "| blocks | 4 | 3 |" in lines
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == pruner.model.num_parameters()
