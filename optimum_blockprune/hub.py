@@ -273,7 +273,7 @@ def _opened(
                 f"'{repo_id}' has no revision '{revision}'.", "A pull request needs a branch that exists."
             ) from error
         info, is_new = api.model_info(repo_id), True
-    if private and not info.private:
+    if private and info.private is False:
         raise attempt.failed(
             f"'{repo_id}' exists and is public, so that private=True would have no effect.",
             "Make it private in its settings first, or take another name.",

@@ -17,8 +17,10 @@ import pytest
 from families import tiny_model
 from toys import text, toy_folder
 
-from optimum_blockprune import BlockPruner, PruningStrategy, available_strategies
+from optimum_blockprune import BlockPruner, PruningPlan, PruningReport, PruningStrategy, available_strategies
+from optimum_blockprune.card import model_card, title_of
 from optimum_blockprune.commands import BlockPruneCommand
+from optimum_blockprune.pictures import PICTURES
 from optimum_blockprune.recipe import Recipe
 from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.strategies.base import SearchContext
@@ -101,6 +103,17 @@ def test_the_sharing_guide_runs(hub: Any, tmp_path: Path, monkeypatch) -> None:
     assert names["model"].config.num_hidden_layers == 2
     assert [entry["removed"] for entry in names["pruner"].report.depths] == [0, 1, 2, 3, 4]
     assert [entry["label"] for entry in names["pruner"].report.evaluations] == ["dense", "pruned"]
+
+
+def test_the_example_is_what_its_report_gives() -> None:
+    folder = ROOT / "docs" / "example"
+    plan, report = PruningPlan.from_file(folder), PruningReport.from_file(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    assert len(pictures) == 3
+    assert card == str(model_card(plan, report, title=title_of(card), pictures=pictures))
+    assert all(f"({name})" in card for name in pictures)
+    assert report.strategy == plan.strategy and plan.removed_blocks == tuple(report.removed_blocks)
 
 
 def test_every_strategy_and_every_method_is_described() -> None:

@@ -39,7 +39,7 @@ STAGES = {
     "writing": "transformers.PreTrainedModel.save_pretrained",
     "tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
     "reloading": "optimum_blockprune.gate.reload",
-    "proof of the folder": "optimum_blockprune.pruner.prove_folder",
+    "proof of the folder": "optimum_blockprune.publishing.prove_folder",
     "card": "optimum_blockprune.records.model_card",
     "renaming": "optimum_blockprune.saving._move_into_place",
 }
