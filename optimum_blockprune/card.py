@@ -14,6 +14,7 @@ from .card_quality import degeneration, depths, generation, missing, quality, ta
 from .card_text import (
     FAMILIES,
     code,
+    counted,
     fenced,
     figure,
     megabytes,
@@ -91,7 +92,7 @@ def title_of(text: str) -> str | None:
 
 
 def _lead(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
-    """What it is, and a warning where the model's own text collapsed."""
+    """What it is, and a warning where the model's own text degenerated."""
     base = model_name(direct_base(plan, report), loaded=direct_repo(plan, report) is not None)
     saved = report.achieved.get("parameters_removed")
     size = f", so that it has {percent(saved)} fewer parameters" if saved is not None else ""
@@ -227,6 +228,9 @@ def _costs(report: PruningReport) -> Iterator[str | None]:
         where = [each for each in (report.device, report.dtype) if each]
         yield "What it cost" + (f" ({plain(', '.join(where))}):" if where else ":")
         yield table(("", "number"), known)
+        whole = report.strategy_details.get("truncated_from")
+        if whole is not None:
+            yield f"The search went on to {counted(whole, 'block')}; these are the costs of all of it."
 
 
 def _runtimes(runtimes: Mapping[str, Any]) -> str:

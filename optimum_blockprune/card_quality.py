@@ -40,9 +40,9 @@ _DEPTH_COLUMNS = {
 
 
 def degeneration(report: PruningReport) -> str | None:
-    """A warning if what the pruned model writes has collapsed."""
+    """A warning if what the pruned model writes has degenerated."""
     reason = collapsed(report.evaluations)
-    return f"> **Warning:** the text that this model writes has collapsed: {plain(reason)}." if reason else None
+    return f"> **Warning:** the text that this model writes has degenerated: {plain(reason)}." if reason else None
 
 
 def quality(report: PruningReport) -> str:

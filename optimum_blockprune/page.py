@@ -186,6 +186,9 @@ def _search(report: PruningReport) -> Iterator[Html | None]:
         if naive and naive > spent:
             words += f"; trying every candidate with a whole pass would have taken {number(naive)} runs"
         yield paragraph(words + ".")
+    whole = report.strategy_details.get("truncated_from")
+    if whole is not None:
+        yield paragraph(f"The search went on to {counted(whole, 'block')}; these are the costs of all of it.")
     facts = (
         ("language-model head runs", number(report.head_forwards) if report.head_forwards is not None else None),
         ("tokens of calibration text", number(report.tokens) if report.tokens is not None else None),

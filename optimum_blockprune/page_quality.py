@@ -35,7 +35,7 @@ def _setting(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def verdict(report: PruningReport) -> Iterator[Html]:
-    """Quality in one sentence, and a warning where generated text collapsed."""
+    """Quality in one sentence, and a warning where generated text degenerated."""
     dense, pruned = compared(report)
     if pruned is None:
         yield paragraph("The quality of the result was not measured.", kind="lead")
@@ -49,7 +49,7 @@ def verdict(report: PruningReport) -> Iterator[Html]:
     yield paragraph(f"{words}. Lower is better.", kind="lead")
     reason = _collapse(pruned, dense)
     if reason:
-        yield paragraph(tag("strong", "The text that it writes has collapsed: "), f"{reason}.", kind="warning")
+        yield paragraph(tag("strong", "The text that it writes has degenerated: "), f"{reason}.", kind="warning")
 
 
 def _collapse(pruned: Mapping[str, Any], dense: Mapping[str, Any] | None) -> str | None:

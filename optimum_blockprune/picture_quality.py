@@ -70,7 +70,7 @@ def _text(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _collapsed(depths: list[dict[str, Any]]) -> set[int]:
-    """The depths whose generated text collapsed, by number of removed blocks."""
+    """The depths whose generated text degenerated, by number of removed blocks."""
     dense = next((entry.get("generation") for entry in depths if entry["removed"] == 0), None)
     return {
         entry["removed"]
@@ -114,7 +114,7 @@ def _draw_perplexity(axes: Axes, report: PruningReport, depths: list[dict[str, A
         axes.annotate("not\nfinite", (removed, 1), fontsize=SMALL, color=GONE, **where)
     _label(axes, x, y, report)
     label = f"perplexity (lower is better{', logarithmic' if log else ''})"
-    _finish(axes, depths, label + ("; × its text collapsed" if _collapsed(depths) else ""))
+    _finish(axes, depths, label + ("; × its text degenerated" if _collapsed(depths) else ""))
 
 
 def _line(axes: Axes, x: list[int], y: list[float]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much generated text repeats itself, and whether a pruned model's text has collapsed. Plain Python, no model.
+"""How much generated text repeats itself, and whether a pruned model's text has degenerated. Plain Python, no model.
 
 A pruned model can keep a fair perplexity, which is measured on text that people wrote, and still loop when it reads
 its own words. Counting n-grams shows that without a judge.
@@ -50,7 +50,7 @@ def distinct(continuations: Sequence[Sequence[Any]], n: int) -> float:
 
 
 def degenerated(pruned: Mapping[str, Any], dense: Mapping[str, Any] | None = None) -> str | None:
-    """Says why generated text looks collapsed; `None` if it does not.
+    """Says why generated text looks degenerated; `None` if it does not.
 
     Small models repeat themselves under greedy decoding whether pruned or not, so what counts is the change:
     repetition up by 0.2; distinct-2 halved; distinct-2 up by 0.15 (words in no order repeat little); a quarter of the

@@ -33,7 +33,7 @@ def summary(report: PruningReport, plan: PruningPlan, output: str) -> str:
     lines += [f"{entry['label']} model on {entry['task']}: {_score(entry)}" for entry in report.task_results]
     reason = collapsed(report.evaluations)
     if reason:
-        lines.append(f"warning: the text that the pruned model writes has collapsed: {reason}")
+        lines.append(f"warning: the text that the pruned model writes has degenerated: {reason}")
     return "\n".join([*lines, *([depth_table(report.depths)] if report.depths else [])])
 
 

@@ -395,7 +395,7 @@ def test_a_collapse_is_a_warning_at_the_top(mine: float, dense: float | None, wa
     entries += [evaluation("dense", generation=written(dense))] if dense is not None else []
     card = checked(plan(), PruningReport(evaluations=entries))
     top = card.text.split("## How to load it")[0]
-    assert ("> **Warning:** the text that this model writes has collapsed" in top) == warned
+    assert ("> **Warning:** the text that this model writes has degenerated" in top) == warned
     assert ("90%" in top) == warned
 
 

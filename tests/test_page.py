@@ -186,14 +186,14 @@ def test_the_first_sentence_says_what_and_how_good() -> None:
     start = "This is me/dense with 2 of its 6 blocks removed: 10.5 % of its parameters are gone."
     assert start in said
     assert "Its perplexity on held_out.txt is 43.11; that of the dense model is 29.77. Lower is better." in said
-    assert "collapsed" not in said
+    assert "degenerated" not in said
 
 
 def test_collapsed_text_is_a_warning() -> None:
     report = full()
     report.evaluations[1]["generation"] = generation(0.63)
     found = parsed(report)
-    assert "has collapsed: 63% of the 4-grams" in found.said
+    assert "has degenerated: 63% of the 4-grams" in found.said
     assert {"class": "warning"} in found.all("p")
 
 

@@ -48,6 +48,7 @@ def test_each_exported_folder_is_the_result_of_its_own_search(strategy: str, tmp
         assert [entry["removed"] for entry in report.depths] == [0, 1, 3]
         assert [entry["label"] for entry in report.evaluations] == ["dense", "pruned"]
         assert report.evaluations[1]["perplexity"] == {e["removed"]: e for e in report.depths}[count]["perplexity"]
+        assert ("The search went on to 3 blocks" in (folder / "README.md").read_text()) == (count == 1)
         assert f"--num-blocks {count}" in report.command or "apply" in report.command
         card = ModelCard.load(folder / "README.md")
         assert f"{count} of its 6 " in card.text or f"{count} of 6 " in card.text
