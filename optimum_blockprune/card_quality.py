@@ -173,7 +173,7 @@ def depths(report: PruningReport) -> str | None:
     rows = [_depth_row(each, columns, len(report.removed_blocks)) for each in report.depths]
     measured = next((each for each in report.depths if "perplexity" in each), None)
     text = f", measured on {_text(measured)}: {figure(measured.get('tokens'))} tokens scored" if measured else ""
-    intro = f"The same search with fewer blocks removed{text}. The row of this model is bold."
+    intro = f"The same search at other depths{text}. The row of this model is bold."
     return paragraphs(intro, table([title for title, _ in columns.values()], rows, left=0))
 
 

@@ -306,5 +306,6 @@ def _words(report: PruningReport, found: _Map) -> str:
     known = {block: score for block, score in enumerate(found.scores) if score is not None}
     if known:
         low, high = (find(known, key=known.__getitem__) for find in (min, max))
-        words += f"; scores run from {reading(known[low])} (block {low}) to {reading(known[high])} (block {high})"
+        scores = "added losses (of one block alone)" if found.meaning.startswith("added loss") else "scores"
+        words += f"; {scores} run from {reading(known[low])} (block {low}) to {reading(known[high])} (block {high})"
     return words + "."
