@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .errors import CheckpointError, VerificationError
+from .errors import VerificationError
 from .evaluation import size_of
 from .gate import check_mode, prove_folder
 from .plan import PLAN_FILE, PruningPlan
@@ -27,6 +27,7 @@ from .saving import atomic_folder, check_output
 from .source import COMPANIONS, TEMPLATES, Source, expectation, locate, open_source, refuse_overlap
 from .surgery import apply_plan
 from .tensors import StoredWeights, difference, read_weights, write_weights
+from .weight_files import json_object
 
 
 _GENERATION_FILE = "generation_config.json"
@@ -124,10 +125,7 @@ def _write_generation_config(source: Source, folder: Path) -> None:
             generation.save_pretrained(folder)
         return
     shutil.copyfile(old, folder / _GENERATION_FILE)
-    try:
-        settings = json.loads(old.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"'{old}' is not a JSON file: {error}.") from error
+    settings = json_object(old)
     early_exit = getattr(generation, "assistant_early_exit", None)
     if settings.get("assistant_early_exit") != early_exit:
         settings["assistant_early_exit"] = early_exit

@@ -23,6 +23,7 @@ from transformers import __version__ as transformers_version
 from . import __version__
 from .errors import ConfigurationError, OutputError, nearest
 from .hub import check_repo_id, push_file
+from .json_values import json_fault
 from .plan import PruningPlan
 from .recipe import BUDGET_FIELDS, Recipe
 from .registry import build_options, get_strategy
@@ -131,6 +132,10 @@ class BlockPruningConfig(BaseConfig):
         if kwargs.pop("return_unused_kwargs", False):
             unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in FIELD_NAMES}
         values = {name: value for name, value in config_dict.items() if name not in _NO_FIELDS}
+        _refuse_unknown({name: value for name, value in values.items() if name not in FIELD_NAMES})
+        fault = json_fault(values)
+        if fault:
+            raise ConfigurationError(f"The configuration is malformed: {fault}.")
         config = cls(**_without_replaced(values, kwargs), **kwargs)
         return config if unused is None else (config, unused)
 
@@ -149,6 +154,9 @@ class BlockPruningConfig(BaseConfig):
             return cls("manual", num_blocks=len(plan.removed_blocks), stack=stack, strategy_options={"blocks": blocks})
         options = dict(plan.options) or None
         width = {"layout": plan.width.layout, "align": plan.details.get("align", 1)} if plan.width else {}
+        no_budget = set(plan.requested) - set(BUDGET_FIELDS)
+        if no_budget:
+            raise ConfigurationError(f"The plan was asked for by {min(no_budget)!r}, which is no budget.")
         return cls(plan.strategy, **plan.requested, stack=stack, strategy_options=options, seed=plan.seed, **width)
 
     @classmethod
@@ -171,6 +179,21 @@ class BlockPruningConfig(BaseConfig):
             raise ConfigurationError(
                 f"No {CONFIG_FILE} can be read from '{pretrained_model_name_or_path}': {error}"
             ) from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """Reads the one file; the base class would go on to any other that the key `configuration_files` names."""
+        return cls._get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        try:
+            found = super()._dict_from_json_file(json_file)
+        except (RecursionError, ValueError) as error:
+            raise ConfigurationError(f"'{json_file}' is not a valid JSON file: {error}.") from error
+        if not isinstance(found, dict):
+            raise ConfigurationError(f"A configuration is a JSON object, not {type(found).__name__}: '{json_file}'.")
+        return found
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_kwargs: Any

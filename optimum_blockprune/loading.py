@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ _HUB_ARGUMENTS = (
 _MODEL_ONLY = ("gguf_file", "revision", "subfolder")
 
 # How a load fails: no such file or repository, a malformed one, a package or a device that is not there.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError)
+_LOAD_ERRORS = (
+    *(OSError, EOFError, ValueError, KeyError, ImportError, RuntimeError, AssertionError),
+    *(SafetensorError, UnpicklingError),
+)
 
 
 def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -214,6 +218,11 @@ def _explained(error: Exception, path: str | Path) -> BlockPruningError:
         )
     if isinstance(error, BlockPruningError):
         return error
+    if isinstance(error, UnpicklingError):
+        return UnsupportedModelError(
+            f"'{path}' has .bin files that hold more than tensors, which is not read: it could run code. Get the "
+            "checkpoint as safetensors."
+        )
     if isinstance(error, ImportError):
         return ConfigurationError(f"Loading '{path}' needs a package that is not installed: {text}")
     return ConfigurationError(f"'{path}' cannot be loaded as a model: {text.strip()}")

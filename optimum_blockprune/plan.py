@@ -17,6 +17,8 @@ from typing import Any
 
 from .errors import PlanError
 from .joining import composed
+from .json_values import json_fault, read_json
+from .plan_rules import PART_FIELDS, check_parts, check_types
 from .widths import Width
 
 
@@ -82,7 +84,7 @@ class PruningPlan:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        _validate(self)
+        check_parts(self)
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
@@ -243,8 +245,7 @@ class PruningPlan:
         joined = self.details.get("parts")
         if joined is not None:
             return list(joined)
-        names = ("strategy", "requested", "options", "scores", "steps", "details", "calibration", "seed")
-        return [{name: value for name, value in self.to_dict().items() if name in names}]
+        return [{name: value for name, value in self.to_dict().items() if name in PART_FIELDS}]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types; `from_dict` is the inverse."""
@@ -259,8 +260,11 @@ class PruningPlan:
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"A plan is a JSON object, not {type(data).__name__}.")
+        fault = json_fault(data)
+        if fault:
+            raise PlanError(f"The plan is malformed: {fault}.")
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
             raise PlanError(
                 f"This plan has format_version {version!r}; this version of the tool reads {FORMAT_VERSION}."
             )
@@ -269,7 +273,7 @@ class PruningPlan:
             raise PlanError(f"Unknown fields in the plan: {', '.join(unknown)}.")
         try:
             blocks = tuple(BlockSource(**block) for block in data["blocks"])
-            return cls(
+            plan = cls(
                 **{
                     **data,
                     "blocks": blocks,
@@ -281,8 +285,10 @@ class PruningPlan:
             )
         except PlanError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"The plan is malformed: {error}.") from error
+        check_types(plan)
+        return plan
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON to `path` (a file, or a folder that gets `pruning_plan.json`)."""
@@ -293,15 +299,16 @@ class PruningPlan:
 
     @classmethod
     def from_file(cls, path: str | Path) -> PruningPlan:
-        """Reads a plan from a JSON file, or from the folder that holds `pruning_plan.json`."""
+        """Reads a plan from a JSON file, or from the folder that holds `pruning_plan.json`.
+
+        Raises:
+            PlanError: There is none, or it is malformed; see `from_dict`.
+        """
         path = Path(path)
         path = path / PLAN_FILE if path.is_dir() else path
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise PlanError(f"There is no plan at '{path}'.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"'{path}' is not a JSON file: {error}.") from error
+        if not path.exists():
+            raise PlanError(f"There is no plan at '{path}'.")
+        return cls.from_dict(read_json(path, PlanError))
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> PruningPlan:
@@ -309,39 +316,3 @@ class PruningPlan:
         from huggingface_hub import hf_hub_download
 
         return cls.from_file(hf_hub_download(repo_id, PLAN_FILE, revision=revision, token=token))
-
-
-def _validate(plan: PruningPlan) -> None:
-    """Rejects a plan whose parts contradict each other."""
-    numbers = [plan.num_blocks, *plan.removed_blocks]
-    numbers += [half for source in plan.blocks for half in (source.attention, source.mlp)]
-    if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
-        raise PlanError("Block numbers in a plan must be integers.")
-    if not isinstance(plan.model_type, str) or not plan.model_type:
-        raise PlanError("A plan needs the model type that it was made for.")
-    if plan.stack not in ("decoder", "encoder"):
-        raise PlanError(f"A plan is for the 'decoder' or the 'encoder' of a model, not for {plan.stack!r}.")
-    if len(set(plan.removed_blocks)) != len(plan.removed_blocks):
-        raise PlanError(f"A block is removed twice: {list(plan.removed_blocks)}.")
-    split = [source for source in plan.blocks if source.attention != source.mlp]
-    if split:
-        raise PlanError(f"This version keeps whole blocks only; {split[0]} joins the halves of two blocks.")
-    if not plan.blocks:
-        raise PlanError("The plan removes every block; at least one must stay.")
-    for count, blocks in plan.smaller.items():
-        if (
-            len(set(blocks)) != len(blocks)
-            or str(len(blocks)) != count
-            or not set(blocks) <= set(range(plan.num_blocks))
-        ):
-            raise PlanError(f"The plan's choice for {count} blocks, {list(blocks)}, is none.")
-    gone = set(plan.removed_blocks)
-    expected = [index for index in range(plan.num_blocks) if index not in gone]
-    if list(plan.kept_blocks) != expected or not gone <= set(range(plan.num_blocks)):
-        raise PlanError(
-            f"Kept blocks {list(plan.kept_blocks)} and removed blocks {list(plan.removed_blocks)} do not make up "
-            f"blocks 0 to {plan.num_blocks - 1} in order."
-        )
-    lost = sorted({each.block for each in plan.width.narrowed} - set(expected))
-    if lost:
-        raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")

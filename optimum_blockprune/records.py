@@ -95,9 +95,10 @@ def _record_origin(
     if not report.base and place:
         # The network is asked only if the model itself came from there in this process.
         report.base = base_facts(place, config=model.config, network=source is not None, **loading)
-    entry = (getattr(model.config, "block_pruning", None) or {}).get("previous")
+    entry = getattr(model.config, "block_pruning", None)
+    entry = entry.get("previous") if isinstance(entry, Mapping) else None
     report.history = []
-    while entry:
+    while isinstance(entry, Mapping):
         report.history.insert(0, {name: value for name, value in entry.items() if name != "previous"})
         entry = entry.get("previous")
 

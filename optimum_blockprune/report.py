@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .json_values import json_fault, read_json
+from .report_rules import report_fault
 
 
 REPORT_FILE = "pruning_report.json"
@@ -109,8 +111,18 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
-        """Reads what `to_dict` wrote; fields of newer versions are ignored."""
-        return cls(**{name: value for name, value in data.items() if name in cls.__dataclass_fields__})
+        """Reads what `to_dict` wrote; fields of newer versions are ignored.
+
+        Raises:
+            CheckpointError: It is no object, or a value is of another type than documented.
+        """
+        if not isinstance(data, Mapping):
+            raise CheckpointError(f"A pruning report is a JSON object, not {type(data).__name__}.")
+        report = cls(**{name: value for name, value in data.items() if name in cls.__dataclass_fields__})
+        fault = json_fault(data) or report_fault(report)
+        if fault:
+            raise CheckpointError(f"The pruning report is malformed: {fault}.")
+        return report
 
     def save(self, path: str | Path) -> Path:
         """Writes JSON to `path` (a file, or a folder that gets `pruning_report.json`)."""
@@ -129,6 +141,6 @@ class PruningReport:
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError) as error:
+            return cls.from_dict(read_json(path, CheckpointError))
+        except CheckpointError as error:
             raise CheckpointError(f"'{path}' is no readable pruning report: {error}") from error

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from .cuts import Cut
 from .errors import CheckpointError
+from .weight_files import read_index
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -172,7 +173,7 @@ def read_weights(folder: Path) -> StoredWeights:
         return StoredWeights((_read_shard(folder / WEIGHTS_FILE),), None)
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(_no_weights(folder))
-    index = _read_index(folder / INDEX_FILE)
+    index = read_index(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
@@ -184,7 +185,7 @@ def read_weights(folder: Path) -> StoredWeights:
 
 def shard_names(index: Path) -> list[str]:
     """Returns the files that an index names; for the errors see `read_weights`."""
-    return sorted(set(_read_index(index)["weight_map"].values()))
+    return sorted(set(read_index(index)["weight_map"].values()))
 
 
 def write_weights(
@@ -250,7 +251,7 @@ def _read_shard(file: Path) -> Shard:
         with file.open("rb") as source:
             size = int.from_bytes(source.read(8), "little")
             header = json.loads(source.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{file}' is not a whole safetensors file: {error}. Get it again.") from error
     metadata = header.pop("__metadata__", None) or {}
     tensors = []
@@ -283,24 +284,6 @@ def _header(tensors: list[StoredTensor], metadata: dict[str, str]) -> bytes:
     # The format asks for spaces up to a multiple of 8.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _read_index(file: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{file}' is not a JSON file: {error}.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"'{file}' has no 'weight_map' that says which file holds which tensor.")
-    for name, shard in weight_map.items():
-        # A name that leaves the folder would read files that belong to no checkpoint.
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
-        if not plain:
-            raise CheckpointError(
-                f"'{file}' places tensor '{name}' in {shard!r}; only safetensors files in the same folder are read."
-            )
-    return index
 
 
 def _check_index(weight_map: dict[str, str], shards: dict[str, Shard], folder: Path) -> None:

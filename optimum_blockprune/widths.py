@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import PlanError
+from .json_values import finite, misfit
 
 
 FAMILIES = ("mlp", "attention")
@@ -20,6 +21,10 @@ LAYOUTS = ("uniform", "padded", "per_layer")
 
 # In lists of indices: zeros go here.
 ZEROS = -1
+
+# Our choice: kept units that a file may list. Twice those of the widest public models would fit; ranges are short to
+# write, and their numbers are not to fill the memory.
+MAX_KEPT = 2**24
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,20 @@ class UnitGroup:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UnitGroup:
-        """Reads what `dataclasses.asdict` wrote."""
+        """Reads what `dataclasses.asdict` wrote.
+
+        Raises:
+            PlanError: A value is impossible.
+            LookupError, TypeError, ValueError: It is malformed.
+        """
         tensors = tuple(CutTensor(**{**row, "parts": tuple(row["parts"])}) for row in data["tensors"])
         attributes = tuple(CutAttribute(**row) for row in data["attributes"])
-        return cls(**{**data, "tensors": tensors, "attributes": attributes})
+        group = cls(**{**data, "tensors": tensors, "attributes": attributes})
+        fault = next(filter(None, map(misfit, (group, *tensors, *attributes))), None)
+        if fault:
+            raise PlanError(f"A group of units in the plan is malformed: {fault}.")
+        _check_sizes(group)
+        return group
 
 
 @dataclass(frozen=True)
@@ -209,14 +224,22 @@ class Width:
 
         Raises:
             PlanError: It contradicts itself.
-            KeyError, TypeError, ValueError: It is malformed.
+            LookupError, TypeError, ValueError: It is malformed.
         """
+        unknown = sorted(set(data) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise PlanError(f"Unknown fields in the width of the plan: {', '.join(unknown)}.")
         groups = tuple(UnitGroup.from_dict(group) for group in data["groups"])
+        _refuse_too_many([each["kept"] for each in data["narrowed"]])
         narrowed = tuple(
             Narrowing(**{**each, "kept": read_ranges(each["kept"]), "means": tuple(each.get("means", ()))})
             for each in data["narrowed"]
         )
-        return cls(data["layout"], groups, narrowed, tuple(data.get("padded_to", ())))
+        width = cls(data["layout"], groups, narrowed, tuple(data.get("padded_to", ())))
+        fault = misfit(width) or next(filter(None, map(misfit, narrowed)), None)
+        if fault or not all(finite(each.means) for each in narrowed):
+            raise PlanError(f"The width of the plan is malformed: {fault or 'means must be finite numbers'}.")
+        return width
 
 
 def spelled(numbers: Iterable[int]) -> str:
@@ -232,8 +255,30 @@ def spelled(numbers: Iterable[int]) -> str:
 
 def read_ranges(text: str) -> tuple[int, ...]:
     """Reads what `spelled` wrote."""
+    return tuple(number for run in _runs(text) for number in run)
+
+
+def _runs(text: str) -> list[range]:
     ends = [part.partition("-") for part in text.split(",") if part]
-    return tuple(number for first, _, last in ends for number in range(int(first), int(last or first) + 1))
+    return [range(int(first), int(last or first) + 1) for first, _, last in ends]
+
+
+def _refuse_too_many(texts: Iterable[str]) -> None:
+    """Counts the kept units before any of them is written out."""
+    count = sum(max(0, run.stop - run.start) for text in texts for run in _runs(text))
+    if count > MAX_KEPT:
+        raise PlanError(f"The plan lists more than {MAX_KEPT} kept units, which no model has.")
+
+
+def _check_sizes(group: UnitGroup) -> None:
+    """Sizes of a group as they can be: something to cut, and nothing of a negative size."""
+    if group.units < 1 or not group.tensors:
+        raise PlanError(f"The units before {group.writer!r} in the plan are malformed: there are no units or tensors.")
+    for cut in group.tensors:
+        if cut.axis < 0 or cut.rest < 0 or not cut.parts or min(cut.parts) < 1:
+            raise PlanError(
+                f"The tensor {cut.name!r} in the plan is malformed: axis and rest are 0 or more, parts 1 or more."
+            )
 
 
 def _validate(width: Width) -> None:

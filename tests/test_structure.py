@@ -17,7 +17,8 @@ PACKAGE = ROOT / "optimum_blockprune"
 # A module imports modules of lower rows only. `__init__` loads the public names on first use and stands outside.
 LAYERS = (
     ("errors",),
-    ("widths",),
+    ("json_values",),
+    ("plan_rules", "report_rules", "widths"),
     ("joining",),
     # values, and tools that know neither models nor configurations
     ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
@@ -68,7 +69,8 @@ DEFERRED = {
     ("registry", "strategies.base"),
 }
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
-LIGHT = ("__init__", "commands", "errors", "flags", "joining", "plan", "recipe", "registry", "report", "widths")
+LIGHT = ("__init__", "commands", "errors", "flags", "json_values", "joining", "plan", "plan_rules", "recipe")
+LIGHT += ("registry", "report", "report_rules", "widths")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
 CHOOSERS = ("choosing", "width_task")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a pruning plan one: parts that agree with each other, and, in a file, values of the declared types.
+
+`plan` uses this module; the plans that come here are values that it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from .errors import PlanError
+from .json_values import fits, misfit, spelled_type
+
+
+# What `PruningPlan.parts` says of each plan that was joined.
+PART_FIELDS = ("strategy", "requested", "options", "scores", "steps", "details", "calibration", "seed")
+
+
+def check_parts(plan: Any) -> None:
+    """Rejects a plan whose parts contradict each other.
+
+    Raises:
+        PlanError: They do.
+    """
+    numbers = [plan.num_blocks, *plan.removed_blocks]
+    numbers += [half for source in plan.blocks for half in (source.attention, source.mlp)]
+    if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+        raise PlanError("Block numbers in a plan must be integers.")
+    if not isinstance(plan.model_type, str) or not plan.model_type:
+        raise PlanError("A plan needs the model type that it was made for.")
+    if plan.stack not in ("decoder", "encoder"):
+        raise PlanError(f"A plan is for the 'decoder' or the 'encoder' of a model, not for {plan.stack!r}.")
+    if len(set(plan.removed_blocks)) != len(plan.removed_blocks):
+        raise PlanError(f"A block is removed twice: {list(plan.removed_blocks)}.")
+    split = [source for source in plan.blocks if source.attention != source.mlp]
+    if split:
+        raise PlanError(f"This version keeps whole blocks only; {split[0]} joins the halves of two blocks.")
+    if not plan.blocks:
+        raise PlanError("The plan removes every block; at least one must stay.")
+    _check_numbers(plan)
+    lost = sorted({each.block for each in plan.width.narrowed} - set(plan.kept_blocks))
+    if lost:
+        raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")
+
+
+def _check_numbers(plan: Any) -> None:
+    """Kept and removed blocks are all there are; the smaller choices name some of them."""
+    gone, kept = set(plan.removed_blocks), list(plan.kept_blocks)
+    # The count first: a file may claim any number of blocks, which would be counted out in memory.
+    complete = len(kept) + len(gone) == plan.num_blocks and gone <= set(range(plan.num_blocks))
+    if not complete or kept != [index for index in range(plan.num_blocks) if index not in gone]:
+        raise PlanError(
+            f"Kept blocks {kept} and removed blocks {list(plan.removed_blocks)} do not make up blocks 0 to "
+            f"{plan.num_blocks - 1} in order."
+        )
+    for count, blocks in plan.smaller.items():
+        known = set(blocks) <= set(range(plan.num_blocks))
+        if len(set(blocks)) != len(blocks) or str(len(blocks)) != count or not known:
+            raise PlanError(f"The plan's choice for {count} blocks, {list(blocks)}, is none.")
+
+
+def check_types(plan: Any) -> None:
+    """Rejects a plan with a value that no code of this package could have written.
+
+    Plans made in Python need no such check, and strategies of others may keep what they like in theirs.
+
+    Raises:
+        PlanError: There is one; the message names its field.
+    """
+    fault = misfit(plan) or _fault_of_parts(plan)
+    if fault:
+        raise PlanError(f"The plan is malformed: {fault}.")
+
+
+def _fault_of_parts(plan: Any) -> str | None:
+    """What is wrong with the record of the plans that were joined in this one."""
+    parts = plan.details.get("parts")
+    if parts is None:
+        return None
+    if not fits(parts, list[Mapping[str, Any]]) or not parts:
+        return "'parts' of its details must be a list of objects, one for every plan that was joined"
+    hints = get_type_hints(type(plan))
+    for part in parts:
+        for name in PART_FIELDS:
+            if (name == "strategy" or name in part) and not fits(part.get(name), hints[name]):
+                return f"'{name}' of a part in its details must be {spelled_type(hints[name])}"
+    return None
