@@ -4,16 +4,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .batches import Batch
+from .stand_ins import hidden_of, map_tensors, rows_of
 
 
-# Logits of one head call: 2**26 values are 256 MiB in float32. One window is the least that a call can score.
+# Logits of one head call: 2**26 values are 256 MiB in float32. One window is the least that whole windows need.
 _MAX_LOGITS = 2**26
+# Predictions of one head call where single ones are scored; more of them are no faster.
+_MAX_PREDICTIONS = 1024
+_NONE = -100
+
+# Runs the head on a stored output of the last block for some windows; returns logits.
+Head = Callable[[Batch, Any], Tensor]
 
 
 def token_nll(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
@@ -24,17 +33,58 @@ def token_nll(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
         batch: The windows that gave them; each token predicts the next one, predictions from or of padding are left
             out. With labels, the labelled positions predict those.
     """
+    targets = targets_of(batch)
+    return _nll(logits.flatten(0, 1), targets.flatten()).sum(), int((targets != _NONE).sum())
+
+
+def targets_of(batch: Batch) -> Tensor:
+    """Long [B, S], where the batch lies: the token that each position predicts, -100 where it predicts none."""
     if batch.labels is not None:
-        labels = batch.labels.to(logits.device)
-        total = F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="sum", ignore_index=-100)
-        return total, int((batch.labels != -100).sum())
-    targets = batch.input_ids[:, 1:].to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none").double()
+        return batch.labels
+    targets = F.pad(batch.input_ids[:, 1:], (0, 1), value=_NONE)
     if batch.attention_mask is None:
-        return losses.sum(), losses.numel()
-    scored = (batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]).flatten()
-    # Not multiplied by the mask: a padded position may hold NaN.
-    return losses[scored.to(losses.device)].sum(), int(scored.sum())
+        return targets
+    real = batch.attention_mask
+    return targets.masked_fill(~F.pad(real[:, 1:] & real[:, :-1], (0, 1)), _NONE)
+
+
+def predicted(batch: Batch) -> Tensor:
+    """Bool [B, S]: the positions that predict a token."""
+    return targets_of(batch) != _NONE
+
+
+def prediction_losses(head: Head, value: Any, batch: Batch, vocabulary: int) -> Tensor:
+    """The NLL of every prediction, from what the last block returned; whole logits of a batch never exist.
+
+    The head looks at positions one by one, so only those that predict something go through it, a bounded number at a
+    time, each as a window of one token. Where that cannot be (further inputs, hidden states of another shape than the
+    tokens), whole windows go through it.
+
+    Args:
+        head: Runs the head.
+        value: What the last block returned for the batch.
+        batch: The windows.
+        vocabulary: Number of tokens.
+
+    Returns:
+        Nats, float64 `[B, S]` on the device of the logits, 0 where nothing is predicted.
+    """
+    shape = batch.input_ids.shape
+    if batch.extra or hidden_of(value).shape[:2] != shape:
+        parts = [
+            _nll(head(part, rows_of(value, rows, shape[0])).flatten(0, 1), targets_of(part).flatten())
+            for rows, part in head_rows(batch, vocabulary)
+        ]
+        return torch.cat(parts).view(shape)
+    targets = targets_of(batch).flatten()
+    places = (targets != _NONE).nonzero().squeeze(1)
+    losses: Tensor | None = None
+    for chosen in places.split(max(1, min(_MAX_PREDICTIONS, _MAX_LOGITS // vocabulary))):
+        part = Batch(batch.input_ids.flatten()[chosen, None])
+        found = _nll(head(part, _positions(value, chosen, shape)).squeeze(1), targets[chosen])
+        losses = found.new_zeros(shape.numel()) if losses is None else losses
+        losses[chosen.to(losses.device)] = found
+    return torch.zeros(shape, dtype=torch.float64) if losses is None else losses.view(shape)
 
 
 def head_rows(batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Batch]]:
@@ -51,3 +101,20 @@ def head_rows(batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Batch]]:
 def perplexity_of(loss: float) -> float:
     """exp(mean NLL), infinite instead of an overflow."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Float64 [N], 0 where there is no target, whatever the logits [N, vocabulary] are there: padding may hold NaN."""
+    losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none", ignore_index=_NONE)
+    return losses.double()
+
+
+def _positions(value: Any, chosen: Tensor, shape: torch.Size) -> Any:
+    """Some positions of a stored output, each as a window of one token; other tensors are passed on whole."""
+
+    def pick(tensor: Tensor) -> Tensor:
+        if tensor.shape[:2] != shape:
+            return tensor
+        return tensor.flatten(0, 1)[chosen.to(tensor.device), None]
+
+    return map_tensors(value, pick)

@@ -223,7 +223,7 @@ def _again(report: PruningReport) -> Iterator[Html | None]:
         yield tag("pre", tag("code", "PruningPlan.from_file('pruning_plan.json').apply(model)"))
     chosen = report.calibration or {}
     source = chosen.get("source")
-    options = ", ".join(f"{name}={value}" for name, value in report.options.items())
+    options = ", ".join(f"{name}={value}" for name, value in report.options.items() if value is not None)
     count = chosen.get("windows")
     windows = (
         f"{counted(count, 'window')} of {number(chosen.get('seqlen'))} tokens" if isinstance(count, int) else None

@@ -26,6 +26,7 @@ from .picture_style import (
     caption,
     dense_loss,
     finite,
+    given_up,
     grid,
     heading,
     label_step,
@@ -109,6 +110,7 @@ def _collect(report: PruningReport) -> _Map | None:
     blocks = block_count(report)
     raw = {int(block): score for block, score in report.scores.items() if str(block).isdigit()}
     dense, first = dense_loss(report), (tried(report) or [{}])[0]
+    early = given_up(report)[0] if first else set()
     meaning = _MEANINGS.get((report.strategy or "").split("+")[0], "score of each block, as the strategy defines it")
     if dense is not None and first:
         raw = {block: score - dense if finite(score) is not None else score for block, score in raw.items()}
@@ -119,7 +121,7 @@ def _collect(report: PruningReport) -> _Map | None:
         broken=[block for block in raw if finite(raw[block]) is None],
         meaning=meaning,
         shares={family: shares for family, entry in report.widths.items() if (shares := kept_shares(entry, blocks))},
-        apart=set(range(blocks)) - set(first) - set(report.removed_blocks) if first else set(),
+        apart=set(range(blocks)) - set(first) - early - set(report.removed_blocks) if first else set(),
     )
 
 

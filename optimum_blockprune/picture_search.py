@@ -18,6 +18,7 @@ from .picture_style import (
     block_count,
     dense_loss,
     finite,
+    given_up,
     heading,
     label_step,
     linear_part,
@@ -50,11 +51,13 @@ def search_figure(report: PruningReport) -> Figure | None:
     known = [loss - (dense or 0) for step in steps for loss in step.values() if loss is not None]
     row = min(0.3, max(0.16, 6.0 / len(steps)))
     figure = new_figure(_TOP + row * len(steps) + 0.62 + 0.66)
-    named = f"The search tried {sum(map(len, steps)):,} removals to choose {len(steps)}"
+    early = sum(map(len, given_up(report)))
+    named = f"The search tried {sum(map(len, steps)) + early:,} removals to choose {len(steps)}"
+    hatched = "untried or given up" if early else "not tried"
     heading(
         figure,
         named,
-        "Each row is one step: dark blocks hurt least when removed. Squares: what was taken. Hatched: not tried.",
+        f"Each row is one step: dark blocks hurt least when removed. Squares: what was taken. Hatched: {hatched}.",
     )
     width = WIDTH - LEFT - _NAMES - _AFTER + 0.1
     axes = axes_at(figure, _NAMES + 0.2, _TOP, width, row * len(steps))

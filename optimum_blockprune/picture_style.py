@@ -78,6 +78,14 @@ def tried(report: PruningReport) -> list[dict[int, float | None]]:
     return found
 
 
+def given_up(report: PruningReport) -> list[set[int]]:
+    """The candidates of every step of a race that were dropped before all tokens were seen."""
+    early = [step.get("dropped") for step in report.steps]
+    return [
+        {int(block) for block in step if str(block).isdigit()} if isinstance(step, dict) else set() for step in early
+    ]
+
+
 def details(report: PruningReport) -> dict[str, Any]:
     """Further figures of the strategy; of joined plans those of the first, whose blocks are the dense model's."""
     parts = report.strategy_details.get("parts")

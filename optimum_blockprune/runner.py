@@ -93,9 +93,9 @@ class BlockRunner:
 
     # --- what strategies and the gate use -------------------------------------------------------------------------
 
-    def logits(self, batch: Batch, off: Collection[int] = ()) -> Tensor:
-        """Returns the logits [B, S, vocabulary] of the model with the blocks `off` switched off."""
-        return self._run(batch, off)
+    def logits(self, batch: Batch, off: Collection[int] = (), start: BlockOutput | None = None) -> Tensor:
+        """Returns the logits [B, S, vocabulary] without the blocks `off`; only what comes after `start` runs."""
+        return self._run(batch, off, start=start)
 
     def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
         """Runs all blocks once, without the head, and shows the residual stream at every boundary.

@@ -412,3 +412,15 @@ def test_numbers_are_short() -> None:
     assert [reading(value) for value in (0.145, 20.0, 1264.4, 2.5e7)] == ["0.14", "20.0", "1,264", "2.5e7"]
     assert [label_step(points, 125) for points in (40, 20, 8, 4)] == [1, 2, 5, 10]
     assert plain("a\n b\tc" + "d" * 99, 9) == "a b cd..."
+
+
+def test_candidates_that_a_race_dropped_were_candidates() -> None:
+    steps = [{"block": 3, "loss": 2.9, "candidates": {"2": 3.0, "3": 2.9}, "dropped": {"1": 16, "4": 32}}]
+    report = PruningReport(strategy="sleb", removed_blocks=[3], steps=steps, scores={"2": 3.0, "3": 2.9})
+    report.achieved = {"blocks_before": 5, "blocks_after": 4}
+    figures = figures_of(report)
+    depth, search = (words_on(figures[name]) for name in (DEPTH_FILE, SEARCH_FILE))
+    assert "The search tried 4 removals to choose 1" in search and "Hatched: untried or given up." in search
+    assert "never a candidate" in depth  # block 0
+    steps[0]["dropped"]["0"] = 16
+    assert "never a candidate" not in words_on(figures_of(report)[DEPTH_FILE])

@@ -22,7 +22,7 @@ LAYERS = (
     ("joining",),
     # values, and tools that know neither models nor configurations
     ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
-    + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files"),
+    + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files", "racing"),
     ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors"),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
     + ("picture_quality", "picture_search"),

@@ -24,7 +24,11 @@ def plan_for(strategy: str, num_blocks: int, **options: Any) -> PruningPlan:
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [*((name, {}) for name in (*NESTED, *OWN)), ("mi_prun", {"select": "dp", "estimator": "identity_decoder"})],
+    [
+        *((name, {}) for name in (*NESTED, *OWN)),
+        ("sleb", {"search": "race"}),
+        ("mi_prun", {"select": "dp", "estimator": "identity_decoder"}),
+    ],
 )
 def test_a_shorter_plan_is_what_a_smaller_budget_gives(strategy: str, options: dict[str, Any]) -> None:
     plan = plan_for(strategy, 4, **options)

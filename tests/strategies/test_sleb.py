@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SLEB's prefix search gives what the published procedure gives, for about half of its block-forwards."""
+"""SLEB's searches: exact gives what the published procedure gives for half the block-forwards, a race for fewer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_blockprune.batches import CalibrationWindows
+from optimum_blockprune.batches import Batch, CalibrationWindows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
+from optimum_blockprune.losses import prediction_losses, token_nll
 from optimum_blockprune.plan import PruningPlan
-from optimum_blockprune.runner import BlockRunner
+from optimum_blockprune.racing import looks
+from optimum_blockprune.registry import build_options
+from optimum_blockprune.runner import BlockOutput, BlockRunner
 from optimum_blockprune.strategies import sleb
 from optimum_blockprune.strategies.base import SearchContext
 from optimum_blockprune.strategies.sleb import SLEB, SLEBOptions
@@ -32,7 +35,7 @@ LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
 def context_for(
-    model: PreTrainedModel, windows: CalibrationWindows | None, num_remove: int, search: str = "prefix", **changes: Any
+    model: PreTrainedModel, windows: CalibrationWindows | None, num_remove: int, search: str = "exact", **changes: Any
 ) -> SearchContext:
     """A context in which all but the first and the last block may go."""
     context = SearchContext(
@@ -74,13 +77,17 @@ def naive_cost(num_blocks: int, removed: Sequence[int], removable: Sequence[int]
     return num_blocks + sum((len(removable) - step) * (num_blocks - step - 1) for step in steps)
 
 
-def prefix_cost(num_blocks: int, removed: Sequence[int], removable: Sequence[int]) -> int:
-    """Per step the trunk up to the last candidate (in the first step to the end), and what follows each candidate."""
+def exact_cost(num_blocks: int, removed: Sequence[int], removable: Sequence[int], held: bool = True) -> int:
+    """Per step the trunk up to the last candidate (in the first step to the end), and what follows each candidate.
+
+    What lies before the block removed last need not run again if its states were held.
+    """
     total = 0
     for step in range(len(removed)):
         alive = [block for block in range(num_blocks) if block not in removed[:step]]
         positions = [alive.index(block) for block in removable if block in alive]
-        trunk = max(positions) if step else num_blocks
+        known = sum(block < removed[step - 1] for block in alive) if held else 0
+        trunk = max(0, max(positions) - known) if step else num_blocks
         total += trunk + sum(len(alive) - 1 - position for position in positions)
     return total
 
@@ -97,7 +104,7 @@ def silence(model: PreTrainedModel, blocks: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_search_equals_naive_search(family: str, windows: CalibrationWindows) -> None:
+def test_exact_search_equals_naive_search(family: str, windows: CalibrationWindows) -> None:
     model = tiny_model(family, 6)
     fast, fast_runner = search(model, windows, 3)
     naive, naive_runner = search(model, windows, 3, "naive")
@@ -166,7 +173,7 @@ def test_cost_is_the_closed_formula(removable: tuple[int, ...], batch_size: int,
     expected = 4 * naive_cost(6, plan.removed_blocks, removable)
     assert naive_runner.counters.block_forwards == expected
     assert plan.details["naive_block_forwards"] == naive.details["naive_block_forwards"] == expected
-    assert runner.counters.block_forwards == 4 * prefix_cost(6, plan.removed_blocks, removable)
+    assert runner.counters.block_forwards == 4 * exact_cost(6, plan.removed_blocks, removable)
     heads = 4 * (1 + sum(len(removable) - step for step in range(num_remove)))
     assert naive_runner.counters.head_forwards == heads
     assert runner.counters.head_forwards == heads
@@ -176,9 +183,26 @@ def test_about_half_the_cost_on_a_deep_model() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
     windows = CalibrationWindows.from_tokens(random_ids(16, 6), source="random")
     plan, runner = search(tiny_model("llama", 30, **sizes), windows, 7, batch_size=16)
-    assert runner.counters.block_forwards == 16 * prefix_cost(30, plan.removed_blocks, range(1, 29))
+    assert runner.counters.block_forwards == 16 * exact_cost(30, plan.removed_blocks, range(1, 29))
     assert plan.details["naive_block_forwards"] == 16 * naive_cost(30, plan.removed_blocks, range(1, 29))
     assert runner.counters.block_forwards <= 0.55 * plan.details["naive_block_forwards"]
+
+
+def test_states_that_find_no_room_are_computed_again(
+    windows: CalibrationWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", 6)
+    roomy, _ = search(model, windows, 3)
+    # One state of two windows of sixteen tokens: the first batch has a place for one, the other batch for none.
+    monkeypatch.setattr(sleb, "_HELD_BYTES", 2 * 16 * model.config.hidden_size * 4)
+    single, single_runner = search(model, windows, 3)
+    monkeypatch.setattr(sleb, "_HELD_BYTES", 0)
+    tight, tight_runner = search(model, windows, 3)
+    for plan in (single, tight):
+        assert_same(plan, roomy)
+    expected = 4 * exact_cost(6, roomy.removed_blocks, (1, 2, 3, 4), held=False)
+    assert tight_runner.counters.block_forwards == expected
+    assert 4 * exact_cost(6, roomy.removed_blocks, (1, 2, 3, 4)) < single_runner.counters.block_forwards < expected
 
 
 def test_bar_counts_every_branch(windows: CalibrationWindows) -> None:
@@ -198,7 +222,7 @@ def test_bar_counts_every_branch(windows: CalibrationWindows) -> None:
 # Choices
 
 
-@pytest.mark.parametrize("mode", ["prefix", "naive"])
+@pytest.mark.parametrize("mode", ["exact", "naive", "race"])
 def test_ties_go_to_the_lowest_block(mode: str, windows: CalibrationWindows) -> None:
     model = tiny_model("llama", 6)
     silence(model, (1, 2, 3, 4))
@@ -236,9 +260,189 @@ def test_ends_are_protected_by_default() -> None:
 
 def test_plan_says_how_it_was_made(windows: CalibrationWindows) -> None:
     plan, _ = search(tiny_model("llama", 5), windows, 2, seed=3)
-    assert (plan.strategy, plan.seed, plan.options) == ("sleb", 3, {"search": "prefix"})
+    assert (plan.strategy, plan.seed, plan.options) == ("sleb", 3, {"search": "exact", "confidence": None})
     assert plan.details["objective"] == "nll"
     assert PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_prefix_is_the_earlier_name_of_exact(windows: CalibrationWindows) -> None:
+    model = tiny_model("llama", 6)
+    (plan, runner), (twin, same) = (search(model, windows, 2, name) for name in ("exact", "prefix"))
+    assert (plan.steps, plan.removed_blocks) == (twin.steps, twin.removed_blocks)
+    assert runner.counters == same.counters
+    assert not any("dropped" in step for step in plan.steps)
+
+
+# The race
+
+
+def graded(family: str = "llama", blocks: int = 12) -> PreTrainedModel:
+    """A model whose blocks matter more and more, by wide gaps: block 1 does next to nothing, block 10 a lot."""
+    model = tiny_model(family, blocks)
+    with torch.no_grad():
+        for number, block in enumerate(block_list(model)):
+            block.self_attn.o_proj.weight.mul_(2.0 ** (number - blocks // 2))
+            block.mlp.down_proj.weight.mul_(2.0 ** (number - blocks // 2))
+    return model
+
+
+def likely(model: PreTrainedModel, windows: int, length: int = 48, seed: int = 0) -> CalibrationWindows:
+    """Text of the model's own: without a block that matters, it becomes unlikely."""
+    ids = random_ids(windows, 1, seed=seed) if seed else random_ids(windows, 1)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(length - 1):
+        chances = (4 * plain_logits(model, ids)[:, -1]).softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    return CalibrationWindows.from_tokens(ids, source="likely")
+
+
+@pytest.fixture(scope="module")
+def gaps() -> tuple[PreTrainedModel, CalibrationWindows]:
+    model = graded()
+    return model, likely(model, 16)
+
+
+def test_a_race_chooses_what_the_exact_search_chooses(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    exact, exact_runner = search(model, windows, 4, batch_size=4)
+    race, runner = search(model, windows, 4, "race", batch_size=4)
+    assert race.removed_blocks == exact.removed_blocks
+    assert race.nested is True
+    assert race.details["dense_loss"] == pytest.approx(exact.details["dense_loss"], rel=1e-6)
+    assert race.details["naive_block_forwards"] == exact.details["naive_block_forwards"]
+    for step, twin in zip(race.steps, exact.steps, strict=True):
+        # What was decided exactly is exact; what was dropped has no loss, and was worse.
+        assert step["loss"] == pytest.approx(twin["loss"], rel=1e-6)
+        assert step["perplexity"] == pytest.approx(twin["perplexity"], rel=1e-5)
+        decided = {block: twin["candidates"][block] for block in step["candidates"]}
+        assert step["candidates"] == pytest.approx(decided, rel=1e-6)
+        assert not set(step["dropped"]) & set(step["candidates"])
+        assert set(step["dropped"]) | set(step["candidates"]) == set(twin["candidates"])
+        assert all(twin["candidates"][block] > twin["loss"] for block in step["dropped"])
+        assert set(step["dropped"].values()) <= {48 * seen for seen in looks(16)}
+    assert race.steps[0]["dropped"]
+    assert race.scores == race.steps[0]["candidates"]
+    assert runner.counters.block_forwards < 0.8 * exact_runner.counters.block_forwards
+    assert runner.counters.head_forwards < 0.8 * exact_runner.counters.head_forwards
+    assert PruningPlan.from_dict(json.loads(json.dumps(race.to_dict()))) == race
+
+
+def test_a_race_costs_what_its_candidates_cost(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    plan, runner = search(model, windows, 1, "race", batch_size=16)
+    (step,) = plan.steps
+    seen = {int(block): tokens // 48 for block, tokens in step["dropped"].items()}
+    seen |= dict.fromkeys(map(int, step["candidates"]), 16)
+    # The trunk to the end, for the dense model; then the blocks after each candidate, and the head once a window.
+    assert runner.counters.block_forwards == 16 * 12 + sum((11 - block) * count for block, count in seen.items())
+    assert runner.counters.head_forwards == 16 + sum(seen.values())
+
+
+def test_a_race_is_decided_by_its_seed(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    first, second, other = (search(model, windows, 3, "race", seed=seed)[0] for seed in (1, 1, 2))
+    assert first == second
+    assert [step["dropped"] for step in first.steps] != [step["dropped"] for step in other.steps]
+    assert first.removed_blocks == other.removed_blocks
+
+
+def test_a_shorter_race_is_the_beginning_of_a_longer_one(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    long, short = (search(model, windows, count, "race")[0] for count in (4, 2))
+    assert long.truncate(2).removed_blocks == short.removed_blocks
+    assert long.steps[:2] == short.steps
+    assert long.scores == short.scores
+
+
+def test_more_confidence_drops_later(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    costs = []
+    for confidence in (0.6, 0.999, 1 - 1e-12):
+        options = SLEBOptions("race", confidence)
+        plan, runner = search(model, windows, 2, options=options)
+        assert plan.options == {"search": "race", "confidence": confidence}
+        costs.append(runner.counters.block_forwards)
+    assert costs == sorted(costs) and costs[0] < costs[2]
+
+
+def test_ties_survive_a_race(windows: CalibrationWindows) -> None:
+    model = tiny_model("llama", 6)
+    silence(model, (1, 2, 3, 4))
+    plan, _ = search(model, windows, 3, "race")
+    assert plan.removed_blocks == (1, 2, 3)
+    assert not any(step["dropped"] for step in plan.steps)
+
+
+def test_a_race_of_one_window_is_an_exact_search(windows: CalibrationWindows) -> None:
+    model = tiny_model("llama", 6)
+    one = windows.first(1)
+    race, exact = search(model, one, 2, "race")[0], search(model, one, 2)[0]
+    assert_same(race, exact)
+    assert race.details["race"]["looks"] == []
+
+
+def test_a_race_over_padded_windows(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    mask = torch.arange(48) < 20 + torch.arange(16)[:, None]
+    padded = CalibrationWindows.from_tokens(windows.input_ids, mask, source="padded")
+    exact, race = (search(model, padded, 3, mode)[0] for mode in ("exact", "race"))
+    assert race.removed_blocks == exact.removed_blocks
+    for step, twin in zip(race.steps, exact.steps, strict=True):
+        assert step["loss"] == pytest.approx(twin["loss"], rel=1e-6)
+
+
+def test_the_bar_of_a_race_is_full_at_the_end(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
+    model, windows = gaps
+    bars: list[tqdm] = []
+
+    def progress(total: int, description: str) -> tqdm:
+        bars.append(tqdm(total=total, desc=description, disable=False, file=open("/dev/null", "w")))  # noqa: SIM115
+        return bars[-1]
+
+    plan, _ = search(model, windows, 1, "race", progress=progress, batch_size=3)
+    assert plan.steps[0]["dropped"]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
+    for bar in bars:
+        bar.fp.close()
+
+
+# The head
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("limit", [1, 7, 1024])
+def test_losses_of_predictions_are_those_of_whole_logits(
+    family: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimum_blockprune.losses._MAX_PREDICTIONS", limit)
+    runner = BlockRunner(tiny_model(family, 3))
+    mask = torch.arange(10) < torch.tensor([[10], [6], [1]])
+    batch = Batch(random_ids(3, 10), mask)
+    sizes: list[int] = []
+
+    def head(part: Batch, value: Any) -> Tensor:
+        sizes.append(part.input_ids.numel())
+        return runner.logits(part, (), BlockOutput(2, value))
+
+    found = prediction_losses(head, runner.run_to(batch, 2).value, batch, 96)
+    whole, count = token_nll(runner.logits(batch), batch)
+    assert count == 9 + 5 == sum(sizes)
+    assert max(sizes) <= limit
+    assert found.sum().item() == pytest.approx(whole.item(), rel=1e-6)
+    assert found.dtype == torch.float64 and found.shape == (3, 10)
+    assert not found[:, -1].any() and not found[~mask].any() and (found[0, :-1] > 0).all()
+
+
+def test_whole_logits_of_a_batch_never_exist(windows: CalibrationWindows, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", 5)
+    expected, _ = search(model, windows, 2)
+    monkeypatch.setattr("optimum_blockprune.losses._MAX_PREDICTIONS", 5)
+    largest: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: largest.append(logits.numel() // logits.shape[-1]))
+    plan, _ = search(model, windows, 2)
+    # The proof that prefixes can be reused compares whole logits of a few tokens of one window.
+    assert max(largest) <= 16 < windows.seqlen * 2
+    assert_same(plan, expected)
 
 
 # Faults
@@ -258,7 +462,7 @@ def make_block_2_needed_by_block_3(model: PreTrainedModel) -> None:
     block_list(model)[3].register_forward_pre_hook(down)
 
 
-@pytest.mark.parametrize("mode", ["prefix", "naive"])
+@pytest.mark.parametrize("mode", ["exact", "naive", "race"])
 def test_candidates_without_a_finite_loss_are_passed_over(
     mode: str, windows: CalibrationWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +484,7 @@ def test_no_candidate_with_a_finite_loss(windows: CalibrationWindows) -> None:
         search(model, windows, 1, removable=(2,))
 
 
-@pytest.mark.parametrize("mode", ["prefix", "naive"])
+@pytest.mark.parametrize("mode", ["exact", "naive", "race"])
 def test_model_with_nan_names_the_block(mode: str, windows: CalibrationWindows) -> None:
     model = tiny_model("llama", 5)
     with torch.no_grad():
@@ -314,9 +518,33 @@ def test_needs_windows() -> None:
         search(tiny_model("llama", 5), None, 1)
 
 
+@pytest.mark.parametrize("mode", ["exact", "naive", "race"])
+def test_the_last_block_cannot_go(mode: str, windows: CalibrationWindows) -> None:
+    with pytest.raises(UnsupportedModelError, match="at least one block"):
+        search(tiny_model("llama", 3), windows, 3, mode, removable=(0, 1, 2))
+
+
 def test_unknown_search() -> None:
-    with pytest.raises(ConfigurationError, match="'prefx'.*Did you mean 'prefix'"):
-        SLEBOptions(search="prefx")
+    with pytest.raises(ConfigurationError, match="'exakt'.*Did you mean 'exact'"):
+        SLEBOptions(search="exakt")
+
+
+@pytest.mark.parametrize("name", ["exact", "prefix", "naive"])
+def test_only_a_race_takes_a_confidence(name: str) -> None:
+    assert SLEBOptions(search=name).confidence is None
+    with pytest.raises(ConfigurationError, match=f"confidence=0.99 belongs to search='race'.*{name}.*Leave it out"):
+        SLEBOptions(search=name, confidence=0.99)
+
+
+def test_confidence_of_a_race() -> None:
+    assert SLEBOptions().search == "exact"
+    assert SLEBOptions(search="race").confidence == 0.999
+    assert SLEBOptions(search="race", confidence=0.9).confidence == 0.9
+    for wrong in (0.5, 1, 1.0, 0, -1, 99, math.nan, True, "0.9"):
+        with pytest.raises(ConfigurationError, match="above 0.5 and below 1"):
+            SLEBOptions(search="race", confidence=wrong)
+    built = build_options(SLEB, {"search": "race", "confidence": "0.95"})
+    assert built == SLEBOptions("race", 0.95)
 
 
 # The real model
@@ -331,7 +559,7 @@ def real(smollm2: Path) -> tuple[PreTrainedModel, Tensor]:
 
 
 @pytest.mark.slow
-def test_smollm2_prefix_search_equals_naive_search(real: tuple[PreTrainedModel, Tensor]) -> None:
+def test_smollm2_exact_search_equals_naive_search(real: tuple[PreTrainedModel, Tensor]) -> None:
     model, tokens = real
     windows = CalibrationWindows.from_tokens(tokens[:384].view(4, 96), source="LICENSE")
     fast, runner = search(model, windows, 3, batch_size=4)
