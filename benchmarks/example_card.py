@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the example in `docs/example`: a real pruned model's card, pictures, report and page, by three commands.
+"""Makes the example in `docs/example`: a real pruned model's card, pictures and report, by three commands.
 
 SmolLM2-135M-Instruct loses 2, 4 and 6 blocks in one search; the model without 4 is scored on benchmark tasks beside
 the dense one. The weights stay in `.demo`.
@@ -23,7 +23,7 @@ DOCS = Path("docs") / "example"
 TITLE = "SmolLM2-135M-Instruct-26-blocks"
 TASKS = ("arc_easy/rc_0shot", "piqa/rc_0shot", "lambada/bpb_0shot")
 SEARCH = ["--strategy", "sleb", "--num-samples", "4", "--seqlen", "256"]
-SHARED = ("README.md", "pruning_plan.json", "pruning_report.json", "pruning_report.html")
+SHARED = ("README.md", "pruning_plan.json", "pruning_report.json")
 
 
 def main() -> None:

@@ -211,7 +211,7 @@ class BlockPruner(Publishing):
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
         if plan is None and len(configs) == 1:
             plan = self._choose(configs[0])
-        before = (self._expected, PruningReport.from_dict(copy.deepcopy(self.report.to_dict())))
+        before = (self._expected, copy.deepcopy(self.report))
         journal: Journal | None = None
         try:
             if plan is not None and plan is not self.plan:

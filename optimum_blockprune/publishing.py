@@ -257,7 +257,7 @@ class Publishing(Measuring):
     ) -> _Depth:
         """Writes the model as it is now into a folder below `parent`, and what is known of it by now."""
         dense, entry = entries[0], entries[-1]
-        report = PruningReport.from_dict(copy.deepcopy(self.report.to_dict()))
+        report = copy.deepcopy(self.report)
         record(report, expected.plan, dense, self.model, **self._origin())
         report.device = str(self.model.device)
         report.verification = {"mode": verify, "passed": verify != "off"}

@@ -162,6 +162,9 @@ def evaluate(args: Namespace) -> None:
     if args.kl and args.baseline is None:
         raise ConfigurationError("--kl compares with another model: give --baseline MODEL.")
     fields = {"dataset": None, **given_fields(args)}
+    unused = [name for name in ("kl", "stride") if getattr(args, name)] if args.tasks else []
+    if unused and fields["dataset"] is None:
+        raise ConfigurationError(f"--{unused[0]} is measured on text: give --dataset DATASET besides --tasks.")
     if args.write_report:
         PruningReport.from_file(args.model)  # there must be one
     names = [("model", args.model)] if args.baseline is None else [("baseline", args.baseline), ("model", args.model)]

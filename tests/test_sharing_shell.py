@@ -166,6 +166,14 @@ def test_tasks_alone_need_no_text(folder: Path, requests: Path, capsys) -> None:
     assert result["tasks"][0]["task"] == "words" and "perplexity" not in result
 
 
+def test_what_is_measured_on_text_needs_text(dense: Path, folder: Path, requests: Path, capsys) -> None:
+    flags = ["--tasks", requests, "--baseline", dense, "--kl"]
+    assert "--kl is measured on text" in refusal(capsys, "evaluate", "-m", folder, *flags)
+    assert "--stride is measured on text" in refusal(
+        capsys, "evaluate", "-m", folder, "--tasks", requests, "--stride", 8
+    )
+
+
 def test_an_edited_card_stays(folder: Path, held_out: Path, capsys) -> None:
     card = folder / "README.md"
     card.write_text(card.read_text() + "\nMy own words.\n")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batches import Batch, CalibrationWindows
 from ..errors import ConfigurationError, NonFiniteError, UnsupportedModelError, nearest
 from ..inputs import vocabulary_of
-from ..losses import perplexity_of, predicted, prediction_losses
+from ..losses import Head, perplexity_of, predicted, prediction_losses
 from ..plan import PruningPlan
 from ..racing import CELL, Tally, cells_of, looks, shared_error
 from ..runner import BlockOutput, BlockRunner
@@ -141,7 +141,21 @@ class _Search:
             first = next(iter(self.windows.batches(1)))
             # A runner of its own: these few tokens are no calibration window and do not count as one.
             runner = BlockRunner(self.runner.model, self.runner.stack.layout.stack)
-            runner.check_replay(first.beginning())
+            beginning = first.beginning()
+            runner.check_replay(beginning)
+            self._check_head(runner, beginning)
+
+    def _check_head(self, runner: BlockRunner, batch: Batch) -> None:
+        """Single positions through the head must give what whole windows do: an unknown head may mix positions."""
+        whole = runner.nll(batch)[0].item()
+        last = runner.run_to(batch, runner.num_blocks - 1, ())
+        alone = prediction_losses(_head_of(runner), last.value, batch, vocabulary_of(runner.stack.layout)).sum().item()
+        # Half precision differs between shapes of the same product.
+        if math.isfinite(whole) and abs(alone - whole) > 2e-2 * max(1.0, abs(whole)):
+            raise UnsupportedModelError(
+                f"{runner.stack.layout.subject}: its head gives single positions another loss ({alone:.4f}) than "
+                f"whole windows ({whole:.4f}). Use search='naive', which does not take them apart."
+            )
 
     def step(
         self, removed: list[int], title: str, *, with_dense: bool
@@ -227,10 +241,9 @@ class _Search:
         reached = state if state is not None and state.block >= last else self.runner.run_to(batch, last, off, state)
         heads = self.runner.counters.head_forwards
 
-        def head(part: Batch, value: Any) -> Tensor:
-            return self.runner.logits(part, (), BlockOutput(self.runner.num_blocks - 1, value))
-
-        losses = prediction_losses(head, reached.value, batch, vocabulary_of(self.runner.stack.layout))
+        losses = prediction_losses(
+            _head_of(self.runner), reached.value, batch, vocabulary_of(self.runner.stack.layout)
+        )
         # Counted per window, in however many parts the head ran.
         self.runner.counters.head_forwards = heads + len(batch.input_ids)
         return cells_of(losses)
@@ -254,6 +267,11 @@ class _Search:
         if lost:
             logger.warning(f"Without block {lost} the loss is not finite; not removing any of these in this step.")
         return finite
+
+
+def _head_of(runner: BlockRunner) -> Head:
+    """What comes after the last block, on stored outputs of it."""
+    return lambda part, value: runner.logits(part, (), BlockOutput(runner.num_blocks - 1, value))
 
 
 class _Held:

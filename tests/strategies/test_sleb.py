@@ -16,6 +16,7 @@ from accelerate import cpu_offload
 from families import FAMILIES, block_list, plain_logits, random_ids, silenced, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import toy_pruner
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -580,3 +581,15 @@ def test_smollm2_needs_its_ends(real: tuple[PreTrainedModel, Tensor]) -> None:
     cheapest = min(losses.values())
     assert all(losses[block] > cheapest + 0.5 for block in (0, 1, 28, 29))
     assert losses[0] == max(losses.values())
+
+
+def test_a_head_that_mixes_positions_is_not_taken_apart() -> None:
+    def choose(search: str) -> PruningPlan:
+        pruner = toy_pruner(num_blocks=1, strategy_options={"search": search})
+        pruner.model.lm_head.register_forward_hook(lambda _module, _args, logits: logits * logits.shape[1])
+        return pruner.make_plan()
+
+    for search in ("exact", "race"):
+        with pytest.raises(UnsupportedModelError, match="search='naive'"):
+            choose(search)
+    assert len(choose("naive").removed_blocks) == 1
