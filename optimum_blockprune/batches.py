@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,17 @@ class CalibrationWindows:
             recipe=self.recipe,
             extra={name: tensors[:count] for name, tensors in self.extra.items()},
             labels=None if self.labels is None else self.labels[:count],
+        )
+
+    def part(self, rows: Sequence[int]) -> CalibrationWindows:
+        """Returns some of the windows, in the order given; source and fingerprint stay those of all."""
+        chosen = torch.as_tensor(rows, dtype=torch.long)
+        return replace(
+            self,
+            input_ids=self.input_ids[chosen],
+            attention_mask=None if self.attention_mask is None else self.attention_mask[chosen],
+            extra={name: tuple(tensors[row] for row in rows) for name, tensors in self.extra.items()},
+            labels=None if self.labels is None else self.labels[chosen],
         )
 
     def describe(self) -> dict[str, Any]:

@@ -65,11 +65,11 @@ class TokenSums:
         """
         self._watches.append(_Watch(key, tuple(sources), of, {}))
 
-    def begin(self, mask: Tensor) -> None:
-        """Starts a batch; `mask` [B, S] says which tokens count."""
+    def begin(self, mask: Tensor, *, again: bool = False) -> None:
+        """Turns to a batch; `mask` [B, S] says which tokens count, and `again` that they were counted before."""
         self._positions = mask.numel()
         self._chosen = real_tokens(mask)
-        self.tokens += len(self._chosen)
+        self.tokens += 0 if again else len(self._chosen)
         for watch in self._watches:
             watch.rows.clear()
 
@@ -86,6 +86,22 @@ class TokenSums:
     def mean(self, key: Hashable) -> Tensor:
         """The sum over the number of tokens, fp64."""
         return self._sums[key] / self.tokens
+
+    def clear(self) -> None:
+        """Forgets what was summed; the watches stay."""
+        self._sums.clear()
+        self.tokens = 0
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was summed so far, by the number of its watch, and `"tokens"`; for `restore`."""
+        keys = {str(number): watch.key for number, watch in enumerate(self._watches)}
+        found = {number: self._sums[key] for number, key in keys.items() if key in self._sums}
+        return {**found, "tokens": torch.tensor(self.tokens)}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes over sums of this object or of several with the same watches, added up; they lie on the CPU then."""
+        self.tokens = int(sums["tokens"])
+        self._sums = {watch.key: sums[str(n)] for n, watch in enumerate(self._watches) if str(n) in sums}
 
     @property
     def finite(self) -> bool:

@@ -26,6 +26,7 @@ from .runner import BlockRunner
 from .strategies.base import Place, PruningStrategy, SearchContext, WidthTask
 from .surgery import check_plan
 from .tasks import fitted, row_inputs
+from .team import Team
 from .template import make_template
 from .text import HUB_DATASETS
 from .width_task import width_task
@@ -86,6 +87,7 @@ def choose(
         provenance=_provenance(layout, recipe, windows, base_model),
         width=task,
         unit_scores={} if unit_scores is None else unit_scores,
+        team=Team.current(),
     )
     with report.timed("search"):
         plan = strategy.select(context)

@@ -10,8 +10,10 @@
     ├── CheckpointError          the source files are incomplete, malformed or of another format
     ├── UnsupportedModelError    this model (or the way it is loaded) cannot be pruned exactly
     ├── OutputError              the output folder exists, is full or may not be written
+    ├── DistributedError         another process failed or was lost, or the processes do not agree
     ├── HubError                 the Hub refused an upload or could not be reached
-    └── VerificationError        the result was built and did not pass the gate
+    ├── VerificationError        the result was built and did not pass the gate
+    └── ResumeError              what is kept for resuming belongs to another run, or is in use
 
 A message says what was received, what is allowed and which argument or command mends it.
 """
@@ -58,12 +60,20 @@ class OutputError(BlockPruningError):
     """The output cannot be written where it was asked for."""
 
 
+class DistributedError(BlockPruningError):
+    """Of several processes that work together another one failed or was lost, or they do not agree."""
+
+
 class HubError(BlockPruningError):
     """The Hub refused an upload or could not be reached; the message names the whole folder and how to resume."""
 
 
 class VerificationError(BlockPruningError):
     """The pruned result failed the gate; the model or folder was left as it was before."""
+
+
+class ResumeError(BlockPruningError):
+    """What an interrupted run left for going on does not belong to this run, or another process is using it."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,8 +11,9 @@ What is not covered: what the rest of the model does with the difference between
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ class RunEstimator(ABC):
     @abstractmethod
     def add(self, states: Tensor) -> None:
         """Takes one chunk [T+1, n, d]: the same n tokens at every boundary."""
+
+    @abstractmethod
+    def begin(self, states: Tensor) -> None:
+        """Sees the first chunk of all, which another process adds."""
+
+    @abstractmethod
+    def sums(self) -> dict[str, Tensor]:
+        """What was added up so far; `"offset"`, where there is one, is no sum but the same in every process."""
+
+    @abstractmethod
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Goes on from the sums of several processes, added up."""
 
     @abstractmethod
     def all_runs(self) -> Tensor:
@@ -68,6 +81,18 @@ class GaussianCopula(RunEstimator):
         """See `RunEstimator.add`."""
         self._moments.add(states, normal_scores)
 
+    def begin(self, states: Tensor) -> None:
+        """See `RunEstimator.begin`."""
+        self._moments.begin(states, normal_scores)
+
+    def sums(self) -> dict[str, Tensor]:
+        """See `RunEstimator.sums`."""
+        return self._moments.sums()
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """See `RunEstimator.restore`."""
+        self._moments.restore(sums)
+
     def all_runs(self) -> Tensor:
         """See `RunEstimator.all_runs`; nats per coordinate, 0 to 6.9."""
         return self._moments.average(_gaussian_information)
@@ -95,6 +120,18 @@ class IdentityDecoder(RunEstimator):
     def add(self, states: Tensor) -> None:
         """See `RunEstimator.add`."""
         self._moments.add(states)
+
+    def begin(self, states: Tensor) -> None:
+        """See `RunEstimator.begin`."""
+        self._moments.begin(states)
+
+    def sums(self) -> dict[str, Tensor]:
+        """See `RunEstimator.sums`."""
+        return self._moments.sums()
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """See `RunEstimator.restore`."""
+        self._moments.restore(sums)
 
     def all_runs(self) -> Tensor:
         """See `RunEstimator.all_runs`; I_id in nats per coordinate, -6.9 to 6.9."""
@@ -142,15 +179,31 @@ class Histogram(RunEstimator):
         """See `RunEstimator.add`; `states` holds the chosen coordinates only."""
         boundaries, tokens, width = states.shape
         bins = half_ranks(states.permute(0, 2, 1).contiguous()) * self._bins // (2 * tokens)
-        if not self._tokens:
-            self._pairs = torch.triu_indices(boundaries, boundaries, 1, device=states.device)
-            shape = (self._pairs.shape[1], width, self._bins**2)
-            self._counts = torch.zeros(shape, dtype=torch.int32, device=states.device)
+        if not len(self._counts):
+            self.begin(states)
         one = torch.ones((), dtype=torch.int32, device=states.device)
         for first, second, counts in self._parts():
             cells = bins[first] * self._bins + bins[second]
             counts.scatter_add_(-1, cells, one.expand(cells.shape))
         self._tokens += tokens
+
+    def begin(self, states: Tensor) -> None:
+        """See `RunEstimator.begin`."""
+        boundaries, _, width = states.shape
+        self._pairs = torch.triu_indices(boundaries, boundaries, 1, device=states.device)
+        shape = (self._pairs.shape[1], width, self._bins**2)
+        self._counts = torch.zeros(shape, dtype=torch.int32, device=states.device)
+
+    def sums(self) -> dict[str, Tensor]:
+        """See `RunEstimator.sums`."""
+        return {"pairs": self._counts, "count": torch.tensor(self._tokens)}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """See `RunEstimator.restore`."""
+        self._counts, self._tokens = sums["pairs"], int(sums["count"])
+        # n (n - 1) / 2 pairs of n boundaries
+        boundaries = (1 + math.isqrt(1 + 8 * len(self._counts))) // 2
+        self._pairs = torch.triu_indices(boundaries, boundaries, 1)
 
     def all_runs(self) -> Tensor:
         """See `RunEstimator.all_runs`; nats per coordinate, 0 to ln B."""

@@ -24,6 +24,7 @@ from .architectures import layout_for
 from .errors import BlockPruningError, ConfigurationError, UnsupportedModelError
 from .per_layer import as_plain, has_own_widths, narrowed_class
 from .plan import PruningPlan
+from .streaming import load_streamed
 
 
 logger = logging.get_logger("optimum.blockprune.loading")
@@ -57,21 +58,32 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Args:
         path: Repo id, folder, or a `.gguf` file (the same as its folder with `gguf_file=`).
         **kwargs: For `from_pretrained` of that class: `revision`, `token`, `dtype`, `device_map`,
-            `trust_remote_code` (False unless given), `gguf_file`, ...
+            `trust_remote_code` (False unless given), `gguf_file`, ... Our own is `stream=True`: the blocks stay in
+            their safetensors files and are read one at a time whenever they run; `device_map` is then the one device
+            to compute on.
 
     Raises:
         UnsupportedModelError: By the configuration, before any weight is read: no blocks that can go, quantised, or in
             need of `trust_remote_code=True`. By the weights: some are missing.
-        ConfigurationError: The path or repository does not exist or is not a model.
+        ConfigurationError: The path or repository does not exist or is not a model, or an argument does not go with
+            `stream=True`.
+        CheckpointError: What is to be streamed is not in safetensors files.
     """
     path, kwargs = split_gguf(path, kwargs)
+    stream = kwargs.pop("stream", False)
+    if not isinstance(stream, bool):
+        raise ConfigurationError(f"stream={stream!r} must be True or False.")
     _check_dtype(kwargs.get("dtype"))
     config = load_config(path, **hub_arguments(kwargs))
     kind = class_for(config, remote_code=kwargs.get("trust_remote_code", False))
     plan = _plan_of(path, kwargs) if has_own_widths(config) else None
+    if stream and plan is not None:
+        raise UnsupportedModelError(
+            f"'{path}' was pruned with layout='per_layer', which stream=True does not read. Load it without stream."
+        )
     loader = kind if plan is None else narrowed_class(kind, plan)
     try:
-        model, info = loader.from_pretrained(path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True)
+        model, info = (_streamed if stream else _loaded)(path, config, loader, kwargs)
     except _LOAD_ERRORS as error:
         raise _explained(error, path) from error
     # GGUF readers skip tensors that the class computes itself; their own reports are complete.
@@ -82,6 +94,17 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"as {missing[:3]}; they would be random. Get the complete checkpoint."
         )
     return dequantised(model if plan is None else as_plain(model, kind)).eval()
+
+
+def _loaded(path: str, config: Any, loader: Any, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    return loader.from_pretrained(path, **{"trust_remote_code": False, **kwargs}, output_loading_info=True)
+
+
+def _streamed(
+    path: str, config: Any, loader: Any, kwargs: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    settings = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+    return load_streamed(path, config, loader, hub=hub_arguments(kwargs), settings=settings)
 
 
 def _plan_of(path: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan:

@@ -4,23 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .batches import CalibrationWindows
 from .channel_sums import INPUT, TokenSums
 from .measures import raise_non_finite
-from .runner import BlockRunner
+
+
+if TYPE_CHECKING:
+    from .strategies.base import SearchContext
 
 
 def mean_inputs(
-    runner: BlockRunner,
-    windows: CalibrationWindows,
-    modules: Mapping[Hashable, nn.Module],
-    *,
-    batch_size: int,
-    advance: Callable[[int], Any] = lambda windows: None,
+    context: SearchContext, modules: Mapping[Hashable, nn.Module], advance: Callable[[int], Any] = lambda windows: None
 ) -> dict[Hashable, Tensor]:
     """Mean of every input of some modules of the blocks, over all tokens that are not padding, in one dense pass.
 
@@ -28,10 +25,8 @@ def mean_inputs(
     already, and a mean of the texts' means.
 
     Args:
-        runner: Runs the model.
-        windows: The text.
+        context: Runner and windows.
         modules: By name.
-        batch_size: Windows per forward pass.
         advance: Called with the number of windows after each pass.
 
     Returns:
@@ -43,10 +38,16 @@ def mean_inputs(
     sums = TokenSums()
     for name, module in modules.items():
         sums.watch(name, [(module, INPUT)], lambda rows: rows)
-    for batch in windows.batches(batch_size):
-        sums.begin(runner.positions(batch))
-        runner.observe(batch, sums.visits)
-        advance(len(batch.input_ids))
+
+    def measure(size: int) -> dict[str, Tensor]:
+        sums.clear()
+        for _, batch in context.batches(size):
+            sums.begin(context.runner.positions(batch))
+            context.runner.observe(batch, sums.visits)
+            advance(len(batch.input_ids))
+        return sums.sums()
+
+    sums.restore(context.measured("mean-inputs", measure))
     if not sums.finite:
-        raise_non_finite(runner.diagnose, windows.batches(batch_size))
+        raise_non_finite(context.runner.diagnose, context.require_windows().batches(context.batch_size))
     return {name: sums.mean(name) for name in modules}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +25,8 @@ from .errors import NonFiniteError
 
 # Coordinates worked on at a time: the fp64 working copies hold this many rows of [T+1, n].
 _COLUMNS = 64
+# Tokens of a chunk that offsets are taken from: they need not be exact.
+_SAMPLE = 256
 
 
 def real_tokens(mask: Tensor) -> Tensor:
@@ -45,18 +49,30 @@ def last_tokens(mask: Tensor) -> Tensor:
 class PairMoments:
     """Means and covariances of all boundary states with each other, per coordinate, streamed in fp64.
 
-    Holds d (T+1)^2 products. Values are taken relative to the median of the first chunk: this keeps large offsets
+    Holds d (T+1)^2 products. Values are taken relative to a median of the first chunk: this keeps large offsets
     (massive activations) from drowning the differences, and a constant coordinate has variance exactly 0.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._shift = self._sums = self._products = torch.empty(0)
+        self._begun = False
 
     @property
     def stored_values(self) -> int:
         """Number of values held."""
         return self._shift.numel() + self._sums.numel() + self._products.numel()
+
+    def begin(self, states: Tensor, transform: Callable[[Tensor], Tensor] = Tensor.double) -> None:
+        """Takes the offsets from a chunk without adding it; the first chunk that is added does so by itself."""
+        boundaries, tokens, width = states.shape
+        self._begun = True
+        sample = states[:, :: max(1, tokens // _SAMPLE)]
+        self._sums = fp64_zeros(states, width, boundaries)
+        self._shift = torch.zeros_like(self._sums)
+        self._products = fp64_zeros(states, width, boundaries, boundaries)
+        for part in _column_parts(width):
+            self._shift[part] = _middle(self._values(sample, part, transform))
 
     def add(self, states: Tensor, transform: Callable[[Tensor], Tensor] = Tensor.double) -> None:
         """Adds a chunk.
@@ -65,20 +81,30 @@ class PairMoments:
             states: [T+1, n, d].
             transform: Maps [c, T+1, n] (some coordinates) to what is to be averaged, fp64 and of the same shape.
         """
-        boundaries, tokens, width = states.shape
-        first = self.count == 0
-        if first:
-            self._sums = fp64_zeros(states, width, boundaries)
-            self._shift = torch.zeros_like(self._sums)
-            self._products = fp64_zeros(states, width, boundaries, boundaries)
-        for part in _column_parts(width):
-            values = transform(states[:, :, part].to(self._sums.device).permute(2, 0, 1).contiguous())
-            if first:
-                self._shift[part] = values.sort(-1).values[..., tokens // 2]
-            values = values - self._shift[part].unsqueeze(-1)
+        if not self._begun:
+            self.begin(states, transform)
+        for part in _column_parts(states.shape[2]):
+            values = self._values(states, part, transform) - self._shift[part].unsqueeze(-1)
             self._sums[part] += values.sum(-1)
             self._products[part] += values @ values.mT
-        self.count += tokens
+        self.count += states.shape[1]
+
+    def _values(self, states: Tensor, part: slice, transform: Callable[[Tensor], Tensor]) -> Tensor:
+        return transform(states[:, :, part].to(self._sums.device).permute(2, 0, 1).contiguous())
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was added up, and the offsets, which are no sum: see `restore`."""
+        return {
+            "moments": self._sums,
+            "products": self._products,
+            "count": torch.tensor(self.count),
+            "offset": self._shift,
+        }
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Goes back to what `sums` gave, or to the sum of several that were begun with the same chunk."""
+        self._sums, self._products = sums["moments"], sums["products"]
+        self.count, self._shift, self._begun = int(sums["count"]), sums["offset"], True
 
     def average(self, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Mean over coordinates of `score(mean [c, T+1], covariance [c, T+1, T+1])`, upper triangle only."""
@@ -142,9 +168,13 @@ class BoundaryDistance:
                 key = (gap, position - gap)
                 self._sums[key] = self._sums[key] + total if key in self._sums else total
 
-    def means(self, gap: int) -> list[float]:
-        """Entry a: mean distance between boundaries a and a + gap."""
-        return [float(self._sums[key]) / self.count for key in sorted(self._sums) if key[0] == gap]
+    def sums(self, num_blocks: int) -> dict[str, Tensor]:
+        """By gap, `"1"`, ...: fp64 [num_blocks + 1 - gap], entry a the summed distance between boundaries a and
+        a + gap; and `"tokens"`, the number of terms. All zero where no batch was seen."""
+        found = {str(gap): [self._sums.get((gap, a)) for a in range(num_blocks + 1 - gap)] for gap in self._gaps}
+        zero = torch.zeros((), dtype=torch.float64)
+        sums = {gap: torch.stack([zero if x is None else x.cpu() for x in each]) for gap, each in found.items()}
+        return {**sums, "tokens": torch.tensor(self.count)}
 
 
 def block_influence(before: Tensor, after: Tensor) -> Tensor:
@@ -166,15 +196,10 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
 
 def half_ranks(values: Tensor) -> Tensor:
     """Twice the mean rank along the last dimension, less one: whole numbers 1 to 2n - 1; equal values are equal."""
-    count = values.shape[-1]
-    ordered, order = values.sort(dim=-1)
-    differs = ordered[..., 1:] != ordered[..., :-1]
-    opens = F.pad(differs, (1, 0), value=True)
-    closes = F.pad(differs, (0, 1), value=True)
-    place = torch.arange(count, device=values.device).expand(values.shape)
-    first = torch.where(opens, place, 0).cummax(-1).values
-    last = torch.where(closes, place, count).flip(-1).cummin(-1).values.flip(-1)
-    return torch.empty_like(order).scatter_(-1, order, first + last + 1)
+    rows = values.reshape(-1, values.shape[-1])
+    order = _order(rows)
+    ranks = torch.empty_like(order).scatter_(-1, order, _half_ranks_in_order(rows.gather(-1, order)))
+    return ranks.view(values.shape)
 
 
 def normal_scores(values: Tensor) -> Tensor:
@@ -196,6 +221,43 @@ def raise_non_finite(diagnose: Callable[[Batch], None], batches: Iterable[Batch]
         "NaN or infinity appeared in the hidden states, although no block alone shows it. Check the weights, or load "
         "the model in another dtype (float16 overflows where bfloat16 and float32 do not)."
     )
+
+
+def _half_ranks_in_order(ordered: Tensor) -> Tensor:
+    """`half_ranks` of rows that ascend."""
+    differs = ordered[..., 1:] != ordered[..., :-1]
+    if ordered.device.type != "cpu":  # asking which rows have equal values would wait for the device
+        return _shared_half_ranks(differs)
+    ranks = torch.arange(1, 2 * ordered.shape[-1], 2).expand(ordered.shape).clone()
+    tied = ~differs.all(-1)
+    ranks[tied] = _shared_half_ranks(differs[tied])
+    return ranks
+
+
+def _shared_half_ranks(differs: Tensor) -> Tensor:
+    """First plus last place (and one) of the equal values around each; `differs` [..., n-1] says where they end."""
+    count = differs.shape[-1] + 1
+    place = torch.arange(count, device=differs.device)
+    first = torch.where(F.pad(differs, (1, 0), value=True), place, 0).cummax(-1).values
+    last = torch.where(F.pad(differs, (0, 1), value=True), place, count).flip(-1).cummin(-1).values.flip(-1)
+    return first + last + 1
+
+
+def _order(rows: Tensor) -> Tensor:
+    """What sorts each row. On a CPU NumPy needs less than half of PyTorch's time for it."""
+    if rows.device.type != "cpu":
+        return rows.argsort(-1)
+    wide = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))  # NumPy has no bfloat16
+    parts = [part.numpy() for part in wide.chunk(torch.get_num_threads())]
+    with ThreadPoolExecutor(len(parts)) as pool:  # NumPy's sort uses one core, and lets others run
+        return torch.from_numpy(np.concatenate(list(pool.map(np.argsort, parts))))
+
+
+def _middle(values: Tensor) -> Tensor:
+    """A median along the last dimension. Where PyTorch has no deterministic one, by sorting."""
+    if values.device.type == "cpu":
+        return values.median(-1).values
+    return values.sort(-1).values[..., values.shape[-1] // 2]
 
 
 def _unit(states: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from optimum.utils import logging
@@ -25,15 +26,22 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .ica import Control, effective_components, leading_maps, rotated_maps, standardised, whitened
 from .layer_stream import LayerStream, TextGroup
-from .runner import BlockRunner
 from .signals import ACT_UP, Capture, Signals, find_signals
 from .widths import UnitGroup, spelled
+
+
+if TYPE_CHECKING:
+    from .strategies.base import SearchContext
 
 
 logger = logging.get_logger("optimum.blockprune.functional_network")
 
 # Block and writer.
 Key = tuple[int, str]
+
+# How a fit ended.
+FITTED, SKIPPED, CONSTANT = 1, 2, 3
+CONTRASTS = ("none", "cube", "tanh")
 
 
 @dataclass(frozen=True)
@@ -53,30 +61,40 @@ class MapSettings:
     signals: str = ACT_UP
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """The largest |z| per unit in one group of texts, and how they came about."""
+
+    peaks: Tensor
+    outcome: int
+    converged: int = 0
+    contrast: str = CONTRASTS[0]
+
+
 class NetworkScores:
     """Scores the units of some blocks.
 
     Args:
-        runner: Runs the model.
-        stream: The text, not yet run.
+        context: Runner, windows, and the processes among which the groups of texts are shared.
+        stream_for: Makes the stream of the text, not yet run, for a batch size.
         units: Groups of MLP channels by block.
         settings: How maps are made.
     """
 
     def __init__(
         self,
-        runner: BlockRunner,
-        stream: LayerStream,
+        context: SearchContext,
+        stream_for: Callable[[int], LayerStream],
         units: Mapping[int, Sequence[UnitGroup]],
         settings: MapSettings,
     ) -> None:
-        self._runner, self._stream, self._units, self._settings = runner, stream, units, settings
-        self._best: dict[Key, Tensor] = {}
+        self._context, self._runner = context, context.runner
+        self._stream_for, self._units, self._settings = stream_for, units, settings
+        self._size = context.batch_size
+        self._stream = stream_for(self._size)
         self._signals: dict[Key, Signals] = {}
-        self._stored = self._converged = 0
-        self._contrasts: Counter[str] = Counter()
-        self._skipped: list[list[int]] = []
-        self._constant: list[list[int]] = []
+        self._figures: dict[int, dict[str, Tensor]] = {}
+        self._stored = self._scored = 0
 
     @property
     def steps(self) -> int:
@@ -93,18 +111,53 @@ class NetworkScores:
         self._stream.check()
         self._signals = find_signals(self._runner.stack, self._units, self._settings.signals)
         self._warn_of_stand_ins()
-        for block in sorted(self._units):
-            for number, texts in enumerate(self._stream.groups):
-                captures = self._captured(block, texts)
-                for key in list(captures):
-                    self._add(key, self._peaks(block, number, captures.pop(key)))
-                step()
-            self._require_fits(block)
-        return {key: best.tolist() for key, best in self._best.items()}
+        best: dict[Key, list[float]] = {}
+        for block, groups in sorted(self._units.items()):
+            found = self._context.measured(f"networks-{block}", partial(self._measure, block, step))
+            self._figures[block] = found
+            self._scored += sum(group.units for group in groups)
+            held = int(found["stream"]) + int(found["held"].max()) + self._scored
+            self._stored = max(self._stored, held)
+            for number, group in enumerate(groups):
+                fitted = found["outcome"][number] != SKIPPED
+                self._require_fits(block, group, bool(fitted.any()))
+                best[block, group.writer] = found.pop(f"peaks-{number}")[fitted].amax(0).tolist()
+        return best
+
+    def _measure(self, block: int, step: Callable[[], Any], size: int) -> dict[str, Tensor]:
+        """What this process's groups of texts say of a block; rows of the others are zero.
+
+        Returns:
+            `"peaks-N"` [texts, units] of group N of units; `"outcome"`, `"converged"` and `"contrast"` (number among
+            `CONTRASTS`) [groups of units, texts]; `"held"` [texts] and `"stream"`, values held.
+        """
+        if size != self._size:
+            self._stream, self._size = self._stream_for(size), size
+        groups, texts = self._units[block], self._stream.groups
+        sums = {f"peaks-{n}": torch.zeros(len(texts), group.units).double() for n, group in enumerate(groups)}
+        for name in ("outcome", "converged", "contrast"):
+            sums[name] = torch.zeros(len(groups), len(texts), dtype=torch.long)
+        sums["held"] = torch.zeros(len(texts), dtype=torch.long)
+        for number in filter(self._context.team.takes, range(len(texts))):
+            captures = self._captured(block, texts[number])
+            sums["held"][number] = sum(capture.stored_values for capture in captures)
+            for n in range(len(groups)):
+                fit = self._fit(block, number, captures.pop(0))
+                sums[f"peaks-{n}"][number] = fit.peaks
+                sums["outcome"][n, number], sums["converged"][n, number] = fit.outcome, fit.converged
+                sums["contrast"][n, number] = CONTRASTS.index(fit.contrast)
+            step()
+        return {**sums, "stream": torch.tensor(self._stream.stored_values)}
 
     def details(self) -> dict[str, Any]:
         """Figures for the plan."""
         tokens = [texts.tokens for texts in self._stream.groups]
+        fitted = [figures["outcome"] == FITTED for figures in self._figures.values()]
+        names = [
+            CONTRASTS[number]
+            for figures, fits in zip(self._figures.values(), fitted, strict=True)
+            for number in figures["contrast"][fits].tolist()
+        ]
         return {
             "signals": self._settings.signals,
             "writer_input_blocks": self._stand_ins(),
@@ -112,34 +165,36 @@ class NetworkScores:
             "tokens": tokens,
             "components": [effective_components(self._settings.components, each) for each in tokens],
             "restarts": self._settings.restarts,
-            "fits": sum(self._contrasts.values()),
-            "converged": self._converged,
-            "contrasts": dict(sorted(self._contrasts.items())),
-            "skipped": self._skipped,
-            "constant": self._constant,
+            "fits": len(names),
+            "converged": sum(int(figures["converged"].sum()) for figures in self._figures.values()),
+            "contrasts": dict(sorted(Counter(names).items())),
+            "skipped": self._with(SKIPPED),
+            "constant": self._with(CONSTANT),
             "stored_values": self._stored,
         }
 
-    def _captured(self, block: int, texts: TextGroup) -> dict[Key, Capture]:
-        """Runs one group of texts to the end of the block and returns its signals."""
-        captures = {
-            (block, group.writer): Capture(self._signals[block, group.writer], texts.tokens)
-            for group in self._units[block]
-        }
+    def _with(self, outcome: int) -> list[list[int]]:
+        """Block and text of every fit that ended so."""
+        return [
+            [block, text]
+            for block, figures in self._figures.items()
+            for text, _ in figures["outcome"].T.eq(outcome).nonzero().tolist()
+        ]
+
+    def _captured(self, block: int, texts: TextGroup) -> list[Capture]:
+        """Runs one group of texts to the end of the block and returns the signals of each of its groups of units."""
+        captures = [Capture(self._signals[block, group.writer], texts.tokens) for group in self._units[block]]
 
         def begin(mask: Tensor) -> None:
-            for capture in captures.values():
+            for capture in captures:
                 capture.begin(mask)
 
-        visits = {module: visit for capture in captures.values() for module, visit in capture.visits.items()}
+        visits = {module: visit for capture in captures for module, visit in capture.visits.items()}
         self._stream.advance(texts, block, visits, begin)
-        scores = sum(best.numel() for best in self._best.values())
-        held = sum(capture.stored_values for capture in captures.values())
-        self._stored = max(self._stored, self._stream.stored_values + held + scores)
         return captures
 
-    def _peaks(self, block: int, number: int, capture: Capture) -> Tensor | None:
-        """The largest |z| per unit in one group of texts; `None` if no fit was finite."""
+    def _fit(self, block: int, number: int, capture: Capture) -> _Fit:
+        """One group of texts."""
         settings, texts = self._settings, self._stream.groups[number]
         try:
             # The signals are let go of as soon as they are standardised.
@@ -148,31 +203,23 @@ class NetworkScores:
             for batch in texts.batches:
                 self._runner.diagnose(batch)
             raise NonFiniteError(f"In the MLP of block {block}: {error}") from error
+        none = capture.signals.per_unit(torch.zeros(len(u), dtype=torch.float64))
         y = whitened(u)
         if not len(y):
             # No channel varies, so that none belongs to a network.
-            self._constant.append([block, number])
-            return capture.signals.per_unit(torch.zeros(len(u), dtype=torch.float64))
+            return _Fit(none, CONSTANT)
         seed_parts = (settings.seed, block, number)
         maps = rotated_maps(y, restarts=settings.restarts, seed_parts=seed_parts, control=settings.control)
         if maps is None:
             logger.warning(f"No ICA of block {block} and group {number} of the text came out finite; it is skipped.")
-            self._skipped.append([block, number])
-            return None
-        self._contrasts[maps.log.contrast] += 1
-        self._converged += maps.log.converged
-        return capture.signals.per_unit(maps.peak.cpu())
+            return _Fit(none, SKIPPED)
+        return _Fit(capture.signals.per_unit(maps.peak.cpu()), FITTED, maps.log.converged, maps.log.contrast)
 
-    def _add(self, key: Key, peaks: Tensor | None) -> None:
-        if peaks is not None:
-            self._best[key] = torch.maximum(self._best[key], peaks) if key in self._best else peaks
-
-    def _require_fits(self, block: int) -> None:
-        lost = [group.writer for group in self._units[block] if (block, group.writer) not in self._best]
-        if lost:
+    def _require_fits(self, block: int, group: UnitGroup, fitted: bool) -> None:
+        if not fitted:
             raise NonFiniteError(
-                f"No ICA of the channels before {lost[0]} of block {block} came out finite, in any group of texts. "
-                "Give other or more text, or use control='leverage_only', which needs no ICA."
+                f"No ICA of the channels before {group.writer} of block {block} came out finite, in any group of "
+                "texts. Give other or more text, or use control='leverage_only', which needs no ICA."
             )
 
     def _stand_ins(self) -> list[int]:

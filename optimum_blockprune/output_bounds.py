@@ -106,7 +106,8 @@ class OutputBounds:
         weights, norm = absolute(self._blocks[block].get_submodule(writer)), self._parts[block].posts.get(writer)
         if norm is None:
             return weights
-        return weights * (norm.gain.abs() * self.sums.mean(("post", block, writer))).to(weights)
+        gain = norm.gain.abs()
+        return weights * (gain * self.sums.mean(("post", block, writer)).to(gain)).to(weights)
 
     def _watch_post(self, block: int, writer: str) -> None:
         norm = self._parts[block].posts.get(writer)

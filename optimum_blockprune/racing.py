@@ -43,9 +43,8 @@ class Tally:
         candidates: Those to measure.
 
     Attributes:
-        sums: Summed losses by candidate, one tensor per batch, where the model computes: reading a value after each
-            candidate would stall a GPU.
-        counts: Number of predictions, one tensor per batch.
+        sums: Summed losses by candidate, one tensor [windows, cells] per part of the windows.
+        counts: Number of predictions, one tensor per part.
         tokens: Number of tokens seen.
     """
 
@@ -54,14 +53,19 @@ class Tally:
         self.counts: list[Tensor] = []
         self.tokens = 0
 
-    def count(self, counts: Tensor, tokens: int) -> None:
-        """Notes how many predictions `[windows, cells]` and tokens a batch has, before its losses are added."""
+    def add(self, candidates: Sequence[Any], sums: Tensor, counts: Tensor, tokens: int) -> None:
+        """Adds a part of the windows.
+
+        Args:
+            candidates: All that are left, in the order of `sums`.
+            sums: Summed losses [candidates, windows, cells]; of other cells where nothing is compared.
+            counts: Number of predictions, [windows, cells].
+            tokens: Number of tokens.
+        """
         self.counts.append(counts)
         self.tokens += tokens
-
-    def add(self, candidate: Any, sums: Tensor) -> None:
-        """Adds the summed losses of a batch, `[windows, cells]`, or of any other shape where nothing is compared."""
-        self.sums[candidate].append(sums)
+        for candidate, each in zip(candidates, sums, strict=True):
+            self.sums[candidate].append(each)
 
     def means(self) -> dict[Any, float]:
         """Nats per prediction."""
@@ -71,7 +75,7 @@ class Tally:
     def contenders(self, candidates: Iterable[Any], error: float, windows: int) -> list[Any]:
         """Those of `candidates` that may still have the smallest mean over all `windows`; see `contenders`."""
         counts = torch.cat(self.counts)
-        losses = {candidate: torch.cat(self.sums[candidate]).cpu() for candidate in candidates}
+        losses = {candidate: torch.cat(self.sums[candidate]) for candidate in candidates}
         return contenders(losses, counts, error, len(counts) / windows)
 
 

@@ -7,10 +7,9 @@ device hooks stay the model's business. Only entries of its block list are excha
 * a `Bypass` hands the incoming streams on: a block that is off, or one that need not run;
 * a `Replay` hands out a stored block output, whatever comes in: everything before it need not run.
 
-A run can also end after a block; the head then never runs. All exchanges are undone in `finally`.
-
-Of an encoder-decoder, one stack is looked at; the other one runs as it is. What is *not* covered: models whose blocks
-pass more between each other than their return value (`check_replay` refuses those).
+A run can also end after a block; the head then never runs. All exchanges are undone in `finally`. Of an
+encoder-decoder, one stack is looked at; the other one runs as it is. What is *not* covered: models whose blocks pass
+more between each other than their return value (`check_replay` refuses those).
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from .errors import NonFiniteError, UnsupportedModelError
 from .inputs import Caller, evaluating, probe_batch, vocabulary_of
 from .kinds import ENCODER
 from .losses import head_rows, token_nll
+from .offload import is_offloaded
 from .stand_ins import Bypass, Form, Replay, exchanged, hidden_of, hooks, incoming_hidden, learn_form, rows_of
 
 
@@ -157,7 +157,7 @@ class BlockRunner:
         if not batch.extra:
             mask = batch.attention_mask
             return torch.ones(batch.input_ids.shape, dtype=torch.bool) if mask is None else mask.cpu().bool()
-        shape = self._hidden_shape(batch)
+        shape = tuple(self.first_hidden(batch).shape[:2])
         reads = self.stack.layout.stack == ENCODER and len(self.stack.layout.kind.stacks) > 1
         mask = batch.extra.get("attention_mask") if reads else batch.attention_mask
         # Another shape: the mask is about samples of sound, the states about frames.
@@ -180,13 +180,13 @@ class BlockRunner:
             raise UnsupportedModelError(f"{self.stack.layout.subject}: block {block} does not run on text alone.")
         return seen[0]
 
-    def _hidden_shape(self, batch: Batch) -> tuple[int, int]:
-        """[B, S] of the stack's hidden states; runs what lies before the first block."""
+    def first_hidden(self, batch: Batch) -> Tensor:
+        """The hidden states [B, S, d] that go into the first block; runs what lies before it."""
         self._learn_form()
-        seen: list[tuple[int, int]] = []
+        seen: list[Tensor] = []
 
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append(tuple(incoming_hidden(args, kwargs).shape[:2]))
+            seen.append(incoming_hidden(args, kwargs))
             raise _EndOfRun
 
         with torch.no_grad(), hooks() as hook, suppress(_EndOfRun):
@@ -223,18 +223,21 @@ class BlockRunner:
     def check_replay(self, batch: Batch) -> None:
         """Proves on `batch` that resuming after each block gives the logits of a plain run.
 
+        Of offloaded blocks, slow to fetch, only the last is tried: the state there is of blocks that ran one by one.
+
         Raises:
             UnsupportedModelError: The blocks share more than their return value, so that prefixes cannot be reused.
         """
-        plain = self._run(batch, ())
-        state = None
+        plain, state = self._run(batch, ()), None
+        tried = range(self.num_blocks - 1 if is_offloaded(self.stack.blocks) else 0, self.num_blocks)
         for block in range(self.num_blocks):
             state = self.run_to(batch, block, start=state)
-            if not torch.allclose(self._run(batch, (), start=state), plain, rtol=1e-4, atol=1e-4, equal_nan=True):
+            resumed = self._run(batch, (), start=state) if block in tried else plain
+            if not torch.allclose(resumed, plain, rtol=1e-4, atol=1e-4, equal_nan=True):
                 raise UnsupportedModelError(
                     f"{self.stack.layout.subject}: resuming after block {block} does not give the "
                     "model's own output, so its blocks share more than their hidden states. Use a one-pass strategy "
-                    "or search=naive."
+                    "or search=naive, on a model that is not offloaded."
                 )
 
     def diagnose(self, batch: Batch, off: Collection[int] = ()) -> None:
@@ -266,8 +269,7 @@ class BlockRunner:
         """One call of the model's forward; returns the logits, or the output of block `stop`."""
         self._learn_form()
         first = 0 if start is None else start.block + 1
-        end = self.num_blocks if stop is None else stop + 1
-        live = [block for block in range(first, end) if block not in off]
+        live = [block for block in range(first, self.num_blocks if stop is None else stop + 1) if block not in off]
         reached: list[Any] = []
 
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -329,10 +331,8 @@ class BlockRunner:
                 pass
         self._call.forget()
         if not outputs or not isinstance(hidden_of(outputs[0]), Tensor):
-            raise UnsupportedModelError(
-                f"{self.stack.layout.subject}: its forward does not run the blocks in '{self.stack.path}' one after "
-                "the other."
-            )
+            where = f"{self.stack.layout.subject}: its forward does not run the blocks in '{self.stack.path}'"
+            raise UnsupportedModelError(f"{where} one after the other.")
         self._form = learn_form(outputs, arguments)
 
 

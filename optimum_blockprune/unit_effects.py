@@ -66,6 +66,37 @@ class UnitEffects:
                 self._keep(self._changes, (block, group.writer, unit), _rows(changed.value, tokens) - dense)
             done(1 + sum(group.units for group in self._units[block]))
 
+    def clear(self) -> None:
+        """Forgets what was summed."""
+        self._changes.clear()
+        self._sizes.clear()
+        self.tokens = 0
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was summed so far, fp64 [units] and [blocks], and `"tokens"`; for `restore`."""
+        zero = torch.zeros((), dtype=torch.float64)
+        changes = [self._changes.get(key, zero).cpu() for key in self._keys()]
+        sizes = [self._sizes.get(block, zero).cpu() for block in sorted(self._units)]
+        return {
+            "changes": torch.stack(changes),
+            "sizes": torch.stack(sizes),
+            "tokens": torch.tensor(self.tokens),
+        }
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Takes over sums of this object or of several for the same units, added up."""
+        self._changes = dict(zip(self._keys(), sums["changes"], strict=True))
+        self._sizes = dict(zip(sorted(self._units), sums["sizes"], strict=True))
+        self.tokens = int(sums["tokens"])
+
+    def _keys(self) -> list[tuple[int, str, int]]:
+        """Every unit that is tried."""
+        return [
+            (block, group.writer, unit)
+            for block in sorted(self._units)
+            for group, unit in _each_unit(self._units[block])
+        ]
+
     def effects(self, block: int, group: UnitGroup) -> list[float]:
         """The effect of each unit of a group."""
         return [self._reduced(self._changes[block, group.writer, unit]) for unit in range(group.units)]

@@ -178,10 +178,11 @@ def test_boundary_distance_streams(gap: int) -> None:
         for position, hidden in enumerate(part):
             distance.visit(position, hidden)
     flat = boundaries.flatten(1, 2)
-    assert distance.count == 18
+    sums = distance.sums(4)
+    assert sums["tokens"] == 18
     for each in (1, gap):
         expected = [float(block_influence(flat[a], flat[a + each]).mean()) for a in range(5 - each)]
-        assert distance.means(each) == pytest.approx(expected, rel=1e-12)
+        assert (sums[str(each)] / 18).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_boundary_distance_keeps_no_view_of_what_it_saw() -> None:
@@ -192,7 +193,12 @@ def test_boundary_distance_keeps_no_view_of_what_it_saw() -> None:
     expected = float(block_influence(reused[0], second[0]).mean())
     distance.visit(0, reused)
     distance.visit(1, reused.copy_(second))
-    assert distance.means(1) == pytest.approx([expected])
+    assert (distance.sums(1)["1"] / 2).tolist() == pytest.approx([expected])
+
+
+def test_boundary_distance_that_saw_nothing_is_zero() -> None:
+    sums = BoundaryDistance([1, 3], block_influence).sums(4)
+    assert {name: values.tolist() for name, values in sums.items()} == {"1": [0.0] * 4, "3": [0.0] * 2, "tokens": 0}
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

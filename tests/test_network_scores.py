@@ -9,11 +9,13 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from contexts import context_of
 from families import block_list, random_ids, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,11 +40,14 @@ def search_of(model: PreTrainedModel, batch_size: int = 2, groups: int = 2, **se
     runner = BlockRunner(model)
     (group,), _ = usable_units(runner.stack, ("mlp",))
     windows = CalibrationWindows.from_tokens(random_ids(WINDOWS, LENGTH), source="test")
-    stream = LayerStream(
-        runner, windows, groups=groups, batch_size=batch_size, keep_first=False, max_tokens=settings.pop("most", 4096)
-    )
+    most = settings.pop("most", 4096)
+
+    def stream_for(size: int) -> LayerStream:
+        return LayerStream(runner, windows, groups=groups, batch_size=size, keep_first=False, max_tokens=most)
+
     values = {"components": 2, "restarts": 2, "seed": 5, **settings}
-    return NetworkScores(runner, stream, {block: (group,) for block in BLOCKS}, MapSettings(**values))
+    context = replace(context_of(model, windows, batch_size=batch_size), runner=runner)
+    return NetworkScores(context, stream_for, {block: (group,) for block in BLOCKS}, MapSettings(**values))
 
 
 def scores_of(model: PreTrainedModel, **settings: Any) -> dict[int, Tensor]:

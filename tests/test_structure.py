@@ -21,7 +21,21 @@ LAYERS = (
     ("plan_rules", "report_rules", "widths"),
     ("joining",),
     # values, and tools that know neither models nor configurations
-    ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
+    (
+        "batches",
+        "cuts",
+        "environment",
+        "harness",
+        "ledger",
+        "memory",
+        "team",
+        "kinds",
+        "plan",
+        "recipe",
+        "registry",
+        "repetition",
+        "report",
+    )
     + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files", "racing"),
     ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors"),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
@@ -34,8 +48,8 @@ LAYERS = (
     ("benchmark_tasks", "generation", "per_layer"),
     ("estimators", "ica", "loading", "runner", "skeleton", "tasks", "template"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
-    + ("joint_networks", "layer_stream", "mean_inputs", "units"),
-    ("block_bound", "checking", "plain_units", "strategies.ranking"),
+    + ("branching", "joint_networks", "layer_stream", "units"),
+    ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
     ("output_bounds", "signals"),

@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CalibrationError
+from ..memory import BatchSize
 from ..plan import PruningPlan
+from ..team import SOLO, Team
 from ..widths import Narrowing, UnitGroup, Width
 
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from tqdm.auto import tqdm
 
-    from ..batches import CalibrationWindows
+    from ..batches import Batch, CalibrationWindows
+    from ..ledger import Ledger
     from ..runner import BlockRunner
 
 
@@ -97,6 +100,8 @@ class SearchContext:
         provenance: Descriptive fields of the plan that the strategy need not know about.
         width: The task of a strategy that removes units of width; `None` for one that removes blocks.
         unit_scores: Filled by `width_plan`: the score of every unit, by place.
+        team: The processes that share the measuring; one alone by default.
+        ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
     """
 
     runner: BlockRunner
@@ -110,6 +115,54 @@ class SearchContext:
     provenance: Mapping[str, Any]
     width: WidthTask | None = None
     unit_scores: dict[Place, list[float]] = field(default_factory=dict)
+    team: Team = SOLO
+    ledger: Ledger | None = None
+    _size: BatchSize = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_size", BatchSize(self.batch_size))
+
+    def measured(self, key: str, measure: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Sums over the windows, by all processes together; every expensive measurement goes through here.
+
+        What the ledger holds is not measured again. Where memory runs out, `measure` is called anew with half the
+        batch size. A failure here makes the other processes fail, too, instead of waiting.
+
+        Args:
+            key: Name of the measurement, unique in the search.
+            measure: Called with a batch size; returns the sums over this process's share (see `batches`), float64 or
+                whole numbers. What is no sum is one once each process fills its own rows of a tensor of zeros.
+
+        Returns:
+            The sums over all shares, on the CPU: the same in every process, and the same after a resume.
+        """
+        ledger = self.ledger
+        found = self.team.from_first(lambda: None if ledger is None else ledger.read(key))
+        if found is None:
+            with self.team.together():
+                share = self._size.run(measure)
+            found = self.team.summed(share)
+            if ledger is not None and self.team.is_first:
+                ledger.write(key, found)
+        return found
+
+    def batches(self, size: int, windows: CalibrationWindows | None = None) -> Iterator[tuple[int, Batch]]:
+        """This process's share of the windows.
+
+        Args:
+            size: Windows per batch, at most. Shares do not depend on it.
+            windows: By default all of them.
+
+        Yields:
+            The number of a batch's first window, and the batch.
+        """
+        windows = self.require_windows() if windows is None else windows
+        for number, start in enumerate(range(0, windows.num_windows, self.batch_size)):
+            if self.team.takes(number):
+                rows = range(start, min(start + self.batch_size, windows.num_windows))
+                for batch in windows.part(rows).batches(size):
+                    yield start, batch
+                    start += len(batch.input_ids)
 
     def writer(self, place: Place) -> nn.Module:
         """The module of the live model that the units of a place end in; its inputs are theirs, side by side."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from optimum.utils import logging
+from torch import Tensor
 
 from ..batches import Batch, CalibrationWindows
 from ..block_parts import PARALLEL, UNKNOWN, BlockParts, find_parts
@@ -183,8 +184,14 @@ class _Search:
         effects = UnitEffects(context.runner, groups, options.reduction)
         batches = math.ceil(windows.num_windows / context.batch_size)
         with context.progress(batches * effects.runs, "BIP exact") as bar:
-            for batch in windows.batches(context.batch_size):
-                effects.add(batch, self._mask(batch), bar.update)
+
+            def measure(size: int) -> dict[str, Tensor]:
+                effects.clear()
+                for _, batch in context.batches(size, windows):
+                    effects.add(batch, self._mask(batch), bar.update)
+                return effects.sums()
+
+            effects.restore(context.measured("bip-exact", measure))
         self._require(effects.finite, windows)
         scores = {place: effects.effects(place.block, self._task.group_of(place)) for place in self._tried}
         if options.ranking == "global":
@@ -204,13 +211,19 @@ class _Search:
 
     def _stream(self, bounds: OutputBounds) -> None:
         context, last = self._context, max(place.block for place in self._bounded)
-        visits = bounds.sums.visits
+        sums, visits = bounds.sums, bounds.sums.visits
         with context.progress(self._windows.num_windows, "BIP") as bar:
-            for batch in self._windows.batches(context.batch_size):
-                bounds.sums.begin(self._mask(batch))
-                context.runner.observe(batch, visits, stop=last)
-                bar.update(len(batch.input_ids))
-        self._require(bounds.sums.finite, self._windows)
+
+            def measure(size: int) -> dict[str, Tensor]:
+                sums.clear()
+                for _, batch in context.batches(size):
+                    sums.begin(self._mask(batch))
+                    context.runner.observe(batch, visits, stop=last)
+                    bar.update(len(batch.input_ids))
+                return sums.sums()
+
+            sums.restore(context.measured("bip", measure))
+        self._require(sums.finite, self._windows)
 
     def _mask(self, batch: Batch) -> Any:
         mask = self._context.runner.positions(batch)

@@ -14,7 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from ..errors import CalibrationError, ConfigurationError, NonFiniteError
 from ..ica import choose_blocks, effective_components, set_loss
@@ -22,7 +26,7 @@ from ..joint_networks import BLOCK_SIGNALS, UPDATE, VARIANCE, WEIGHTS, BlockUpda
 from ..layer_stream import LayerStream, counted_tokens
 from ..mean_inputs import mean_inputs
 from ..measures import raise_non_finite, real_tokens
-from ..network_scores import MapSettings, NetworkScores
+from ..network_scores import CONTRASTS, MapSettings, NetworkScores
 from ..plan import PruningPlan
 from ..signals import ACT_UP, SIGNALS
 from ..widths import UnitGroup
@@ -163,22 +167,26 @@ def _narrower(context: SearchContext) -> PruningPlan:
     check_ranking(task, options.ranking)
     if options.compensate:
         _require_biases(context)
-    stream = LayerStream(
-        context.runner,
-        context.require_windows(),
-        groups=options.groups,
-        batch_size=context.batch_size,
-        keep_first=options.keep_first,
-        max_tokens=options.max_tokens,
-    )
-    fewest = min(texts.tokens for texts in stream.groups)
+
+    def stream_for(size: int) -> LayerStream:
+        return LayerStream(
+            context.runner,
+            context.require_windows(),
+            groups=options.groups,
+            batch_size=size,
+            keep_first=options.keep_first,
+            max_tokens=options.max_tokens,
+        )
+
+    texts = stream_for(context.batch_size).groups
+    fewest = min(each.tokens for each in texts)
     if fewest < LEAST_TOKENS:
-        raise _too_few(fewest, f"one of {len(stream.groups)} groups of texts", "fewer groups, more text")
+        raise _too_few(fewest, f"one of {len(texts)} groups of texts", "fewer groups, more text")
     units: dict[int, list[UnitGroup]] = {}
     for place in task.free:
         units.setdefault(place.block, []).append(task.group_of(place))
     settings = MapSettings(options.components, options.restarts, context.seed, options.control, options.signals)
-    search = NetworkScores(context.runner, stream, units, settings)
+    search = NetworkScores(context, stream_for, units, settings)
     with context.progress(search.steps, "Functional networks") as bar:
         found = search.run(bar.update)
     scores = {place: found[place.block, task.group_of(place).writer] for place in task.free}
@@ -204,7 +212,7 @@ def _means(context: SearchContext) -> dict[Place, Sequence[float]]:
     windows = context.require_windows()
     writers = {place: context.writer(place) for place in context.width.free}
     with context.progress(windows.num_windows, "Means") as bar:
-        found = mean_inputs(context.runner, windows, writers, batch_size=context.batch_size, advance=bar.update)
+        found = mean_inputs(context, writers, bar.update)
     return {place: mean.tolist() for place, mean in found.items()}
 
 
@@ -216,8 +224,35 @@ def _threshold(scores: Scores, kept: Mapping[Place, Sequence[int]]) -> dict[str,
 
 def _fewer_blocks(context: SearchContext) -> PruningPlan:
     """Unit `"block"`."""
-    options, runner, windows = context.options, context.runner, context.require_windows()
-    updates, tokens = _block_updates(context)
+    options = context.options
+    found = context.measured("networks", partial(_participation, context))
+    blocks = found["blocks"].tolist()
+    chosen = choose_blocks(
+        found["shares"], found["weights"], context.removable, context.num_remove, contiguous=options.contiguous
+    )
+    order = sorted(chosen, key=lambda block: (blocks[block], -block))
+    details = {
+        "block_signals": options.block_signals,
+        "weights": options.weights,
+        "control": options.control,
+        "tokens": int(found["tokens"]),
+        "components": int(found["components"]),
+        "converged": bool(found["converged"]),
+        "contrast": CONTRASTS[int(found["contrast"])],
+        "map_weights": found["weights"].tolist(),
+        "set_loss": set_loss(found["shares"], found["weights"], chosen),
+        "stored_values": int(found["stored_values"]),
+    }
+    steps = [{"block": block, "participation": blocks[block]} for block in order]
+    return context.plan(order, scores=dict(enumerate(blocks)), steps=steps, details=details)
+
+
+def _participation(context: SearchContext, size: int) -> dict[str, Tensor]:
+    """How much each block takes part; one process measures all, since one ICA looks at all tokens of all blocks."""
+    if not context.team.is_first:
+        return {}
+    options, runner = context.options, context.runner
+    updates, tokens = _block_updates(context, size)
     try:
         networks = joint_networks(
             lambda block: updates.of(block, options.block_signals),
@@ -228,45 +263,40 @@ def _fewer_blocks(context: SearchContext) -> PruningPlan:
             control=options.control,
         )
     except NonFiniteError:
-        raise_non_finite(runner.diagnose, windows.batches(context.batch_size))
+        raise_non_finite(runner.diagnose, context.require_windows().batches(size))
     if networks is None:
         raise NonFiniteError(
             "No functional networks were found: no block adds anything that varies from token to token, or no ICA "
             "came out finite. Give other or more text, or use control='leverage_only', which needs no ICA."
         )
     found = networks.participation(options.quantile, options.weights)
-    chosen = choose_blocks(
-        found.shares, found.weights, context.removable, context.num_remove, contiguous=options.contiguous
-    )
-    order = sorted(chosen, key=lambda block: (found.blocks[block], -block))
     log = networks.maps.log
-    details = {
-        "block_signals": options.block_signals,
-        "weights": options.weights,
-        "control": options.control,
+    counts = {
         "tokens": tokens,
         "components": len(networks.maps.z),
-        "converged": log.converged,
-        "contrast": log.contrast,
-        "map_weights": found.weights.tolist(),
-        "set_loss": set_loss(found.shares, found.weights, chosen),
+        "converged": int(log.converged),
+        "contrast": CONTRASTS.index(log.contrast),
         "stored_values": updates.stored_values + tokens**2 + 2 * networks.maps.z.numel(),
     }
-    steps = [{"block": block, "participation": found.blocks[block]} for block in order]
-    return context.plan(order, scores=dict(enumerate(found.blocks)), steps=steps, details=details)
+    return {
+        "blocks": torch.tensor(found.blocks, dtype=torch.float64),
+        "shares": found.shares.double(),
+        "weights": found.weights.double(),
+        **{name: torch.tensor(count) for name, count in counts.items()},
+    }
 
 
-def _block_updates(context: SearchContext) -> tuple[BlockUpdates, int]:
+def _block_updates(context: SearchContext, size: int) -> tuple[BlockUpdates, int]:
     """One pass over the text; returns what blocks add, and at how many tokens."""
     options, runner, windows = context.options, context.runner, context.require_windows()
-    batches = windows.batches(context.batch_size)
+    batches = windows.batches(size)
     chosen = counted_tokens(runner, batches, options.keep_first, options.max_tokens)
     tokens = sum(int(mask.sum()) for mask in chosen)
     if tokens < LEAST_TOKENS:
         raise _too_few(tokens, "the text", "more text")
     updates = BlockUpdates(runner.num_blocks, tokens)
     with context.progress(windows.num_windows, "Functional networks") as bar:
-        for batch, mask in zip(windows.batches(context.batch_size), chosen, strict=True):
+        for batch, mask in zip(windows.batches(size), chosen, strict=True):
             updates.begin(real_tokens(mask))
             runner.stream(batch, updates.visit)
             bar.update(len(batch.input_ids))

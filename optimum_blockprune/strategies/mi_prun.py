@@ -10,7 +10,7 @@ What is not covered: the authors' numbers. They cannot be reproduced from the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -19,7 +19,7 @@ import torch
 from optimum.utils import logging
 from torch import Tensor
 
-from ..batches import CalibrationWindows
+from ..batches import Batch, CalibrationWindows
 from ..errors import CalibrationError, ConfigurationError, nearest
 from ..estimators import GaussianCopula, Histogram, IdentityDecoder, RunEstimator
 from ..measures import content_mask, dpi_violation_rate, raise_non_finite
@@ -104,7 +104,7 @@ class MIPrun(PruningStrategy):
         """
         options: MIPrunOptions = context.options
         estimator = ESTIMATORS[options.estimator](options, context.seed)
-        chunk = _measure(context, estimator)
+        totals = _measure(context, estimator)
         scores = estimator.all_runs()
         blocks = scores.diagonal(1).tolist()
         selections = _search(context, estimator, scores=scores, block_scores=blocks)
@@ -118,8 +118,7 @@ class MIPrun(PruningStrategy):
             ],
             "evaluations": selection.evaluations,
             "dpi_violation_rate": dpi_violation_rate(scores),
-            "tokens": chunk.tokens,
-            "stored_values": chunk.stored_values + estimator.stored_values,
+            **totals,
         }
         return context.plan(
             selection.order,
@@ -155,31 +154,45 @@ def _lookup(scores: Tensor) -> RunScore:
     return lambda start, length: table[start][start + length]
 
 
-def _measure(context: SearchContext, estimator: RunEstimator) -> _Chunk:
-    """Streams the windows through the model and the estimator; returns the emptied chunk with its totals."""
-    windows = context.require_windows()
-    sampler = _Sampler(windows, context.options, seed=context.seed)
-    capacity = min(sampler.windows_per_chunk, windows.num_windows) * sampler.share
-    chunk = _Chunk(context.runner.num_blocks + 1, capacity, estimator=estimator)
-    batch_size = _power_of_two(min(context.batch_size, sampler.windows_per_chunk))
-    seen = 0
+def _measure(context: SearchContext, estimator: RunEstimator) -> dict[str, int]:
+    """Streams the windows through the model and fills the estimator; returns totals for the plan."""
+    windows, runner = context.require_windows(), context.runner
+    make = ESTIMATORS[context.options.estimator]
     with context.progress(windows.num_windows, "MI-PRUN") as bar:
-        for batch in windows.batches(batch_size):
-            chunk.begin(sampler.choose(context.runner.positions(batch)))
-            context.runner.stream(batch, chunk.visit)
-            seen += len(batch.input_ids)
-            bar.update(len(batch.input_ids))
-            if seen % sampler.windows_per_chunk == 0:
-                chunk.flush()
-    chunk.flush()
-    if chunk.tokens < 2:
+
+        def measure(size: int) -> dict[str, Tensor]:
+            chunk = _Chunk(context, make(context.options, context.seed))
+            for number, (batch, chosen) in _chunks(context, size):
+                # Offsets come from the first chunk of all, in every process.
+                if number == 0 or context.team.takes(number):
+                    chunk.begin(number, chosen)
+                    runner.stream(batch, chunk.visit)
+                    bar.update(len(batch.input_ids))
+            return chunk.sums()
+
+        found = context.measured("mi_prun", measure)
+    tokens = int(found.pop("tokens"))
+    if tokens < 2:
         raise CalibrationError(
-            f"mi_prun found {chunk.tokens} usable tokens in {windows.num_windows} windows: padding and the first "
+            f"mi_prun found {tokens} usable tokens in {windows.num_windows} windows: padding and the first "
             "token of each window do not count. Give more text or a longer seqlen."
         )
-    if not bool(chunk.finite):
-        raise_non_finite(context.runner.diagnose, windows.batches(context.batch_size))
-    return chunk
+    if int(found.pop("broken")):
+        raise_non_finite(runner.diagnose, windows.batches(context.batch_size))
+    held = int(found.pop("held"))
+    estimator.restore(found)
+    return {"tokens": tokens, "stored_values": held + estimator.stored_values}
+
+
+def _chunks(context: SearchContext, size: int) -> Iterator[tuple[int, tuple[Batch, Tensor]]]:
+    """All batches with the flat positions of their chosen tokens, and the number of the chunk that they belong to."""
+    windows = context.require_windows()
+    sampler = _Sampler(windows, context.options, seed=context.seed)
+    together = sampler.windows_per_chunk
+    for number, start in enumerate(range(0, windows.num_windows, together)):
+        part = windows.part(range(start, min(start + together, windows.num_windows)))
+        for batch in part.batches(_power_of_two(min(size, together))):
+            yield number, (batch, sampler.choose(context.runner.positions(batch)))
 
 
 class _Sampler:
@@ -214,31 +227,25 @@ class _Sampler:
 
 
 class _Chunk:
-    """Hidden states of the chosen tokens at every boundary, [T+1, capacity, d], filled batch by batch.
+    """Hidden states of the chosen tokens of one chunk at every boundary, [T+1, capacity, d], filled batch by batch."""
 
-    Attributes:
-        tokens: Number of tokens handed to the estimator.
-        finite: Bool scalar: whether every hidden state so far was finite.
-    """
-
-    def __init__(self, boundaries: int, capacity: int, *, estimator: RunEstimator) -> None:
-        self._boundaries = boundaries
-        self._capacity = capacity
-        self._estimator = estimator
+    def __init__(self, context: SearchContext, estimator: RunEstimator) -> None:
+        windows = context.require_windows()
+        sampler = _Sampler(windows, context.options, seed=context.seed)
+        self._capacity = min(sampler.windows_per_chunk, windows.num_windows) * sampler.share
+        self._boundaries = context.runner.num_blocks + 1
+        self._team, self._estimator = context.team, estimator
         self._states: Tensor | None = None
         self._coordinates: Tensor | None = None
         self._positions = torch.empty(0, dtype=torch.long)
-        self._filled = 0
-        self.tokens = 0
-        self.finite = torch.tensor(True)
+        self._number = self._filled = self._tokens = 0
+        self._finite = torch.tensor(True)
 
-    @property
-    def stored_values(self) -> int:
-        """Number of hidden values held at once."""
-        return 0 if self._states is None else self._states.numel()
-
-    def begin(self, positions: Tensor) -> None:
-        """Starts a batch; `positions` are flat in its [B * S]."""
+    def begin(self, number: int, positions: Tensor) -> None:
+        """Starts a batch of chunk `number`; `positions` are flat in its [B * S]."""
+        if number != self._number:
+            self._flush()
+        self._number = number
         self._filled += len(positions)
         self._positions = positions
 
@@ -251,17 +258,30 @@ class _Chunk:
             width = hidden.shape[-1] if self._coordinates is None else len(self._coordinates)
             self._states = states.new_empty(self._boundaries, self._capacity, width)
         # Ranks and bins would hide a NaN; the answer stays on the device until the end.
-        self.finite = self.finite.to(states.device) & torch.isfinite(states).all()
+        self._finite = self._finite.to(states.device) & torch.isfinite(states).all()
         if self._coordinates is not None:
             self._coordinates = self._coordinates.to(hidden.device)
             states = states.index_select(1, self._coordinates)
         self._states[position, self._filled - len(states) : self._filled].copy_(states)
 
-    def flush(self) -> None:
+    def sums(self) -> dict[str, Tensor]:
+        """The estimator's sums and this process's part of the totals: tokens, broken states, values held."""
+        self._flush()
+        sums = self._estimator.sums()
+        if "offset" in sums and not self._team.is_first:
+            sums["offset"] = torch.zeros_like(sums["offset"])
+        held = self._states.numel() if self._team.is_first else 0
+        totals = {"tokens": self._tokens, "broken": int(not self._finite), "held": held}
+        return {**sums, **{name: torch.tensor(total) for name, total in totals.items()}}
+
+    def _flush(self) -> None:
         """Hands what is held to the estimator."""
-        if self._filled:
-            self._estimator.add(self._states[:, : self._filled])
-        self.tokens += self._filled
+        states = self._states[:, : self._filled]
+        if self._filled and self._team.takes(self._number):
+            self._estimator.add(states)
+            self._tokens += self._filled
+        elif self._filled:
+            self._estimator.begin(states)
         self._filled = 0
 
 

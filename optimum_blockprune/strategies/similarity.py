@@ -115,14 +115,19 @@ def _mean_distances(
     tokens: Callable[[Tensor], Tensor],
 ) -> dict[int, list[float]]:
     """By gap: entry a is the mean distance between boundary a and the one `gap` blocks later, over the tokens."""
-    windows = context.require_windows()
-    measure = BoundaryDistance(gaps, distance)
+    windows, runner = context.require_windows(), context.runner
     with context.progress(windows.num_windows, "Similarity") as bar:
-        for batch in windows.batches(context.batch_size):
-            measure.begin(tokens(context.runner.positions(batch)))
-            context.runner.stream(batch, measure.visit)
-            bar.update(len(batch.input_ids))
-    means = {gap: measure.means(gap) for gap in gaps}
+
+        def measure(size: int) -> dict[str, Tensor]:
+            sums = BoundaryDistance(gaps, distance)
+            for _, batch in context.batches(size):
+                sums.begin(tokens(runner.positions(batch)))
+                runner.stream(batch, sums.visit)
+                bar.update(len(batch.input_ids))
+            return sums.sums(runner.num_blocks)
+
+        found = context.measured("similarity", measure)
+    means = {gap: (found[str(gap)] / found["tokens"]).tolist() for gap in gaps}
     if not all(math.isfinite(mean) for each in means.values() for mean in each):
         raise_non_finite(context.runner.diagnose, windows.batches(context.batch_size))
     return means

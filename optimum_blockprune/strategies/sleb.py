@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,13 +13,11 @@ from optimum.utils import logging
 from torch import Tensor
 
 from ..batches import Batch, CalibrationWindows
-from ..errors import ConfigurationError, NonFiniteError, UnsupportedModelError, nearest
-from ..inputs import vocabulary_of
-from ..losses import Head, perplexity_of, predicted, prediction_losses
+from ..branching import Branches, Measured
+from ..errors import ConfigurationError, NonFiniteError, nearest
+from ..losses import perplexity_of, predicted
 from ..plan import PruningPlan
 from ..racing import CELL, Tally, cells_of, looks, shared_error
-from ..runner import BlockOutput, BlockRunner
-from ..stand_ins import map_tensors
 from .base import PruningStrategy, SearchContext
 
 
@@ -28,11 +26,6 @@ logger = logging.get_logger("optimum.blockprune.sleb")
 # "prefix" is the earlier name of "exact".
 SEARCHES = ("exact", "race", "naive", "prefix")
 CONFIDENCE = 0.999
-# Our choice: what the hidden states that stay valid between two steps may take.
-_HELD_BYTES = 2**28
-
-# A block (None: the model as it is) and its summed losses, [windows, cells] or [1, 1].
-_Measured = tuple[int | None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class SLEB(PruningStrategy):
 
 
 class _Search:
-    """Measures the candidates of one greedy step, batch by batch.
+    """Measures the candidates of one greedy step, part by part of the windows.
 
     Attributes:
         looks: Numbers of windows after which a race drops candidates; empty for the other searches.
@@ -131,31 +124,13 @@ class _Search:
 
     def __init__(self, context: SearchContext) -> None:
         self.context = context
-        self.runner = context.runner
         self.windows = context.require_windows()
         self.naive_block_forwards = 0
         self.looks = looks(self.windows.num_windows) if context.options.search == "race" else ()
         self._parts = _parts(self.windows, self.looks, context.seed)
-        self._held = _Held()
+        self._branches = Branches(context.runner)
         if context.options.search != "naive":
-            first = next(iter(self.windows.batches(1)))
-            # A runner of its own: these few tokens are no calibration window and do not count as one.
-            runner = BlockRunner(self.runner.model, self.runner.stack.layout.stack)
-            beginning = first.beginning()
-            runner.check_replay(beginning)
-            self._check_head(runner, beginning)
-
-    def _check_head(self, runner: BlockRunner, batch: Batch) -> None:
-        """Single positions through the head must give what whole windows do: an unknown head may mix positions."""
-        whole = runner.nll(batch)[0].item()
-        last = runner.run_to(batch, runner.num_blocks - 1, ())
-        alone = prediction_losses(_head_of(runner), last.value, batch, vocabulary_of(runner.stack.layout)).sum().item()
-        # Half precision differs between shapes of the same product.
-        if math.isfinite(whole) and abs(alone - whole) > 2e-2 * max(1.0, abs(whole)):
-            raise UnsupportedModelError(
-                f"{runner.stack.layout.subject}: its head gives single positions another loss ({alone:.4f}) than "
-                f"whole windows ({whole:.4f}). Use search='naive', which does not take them apart."
-            )
+            self._branches.check(next(iter(self.windows.batches(1))).beginning())
 
     def step(
         self, removed: list[int], title: str, *, with_dense: bool
@@ -168,27 +143,68 @@ class _Search:
         """
         candidates = [block for block in self.context.removable if block not in removed]
         tally = Tally([*candidates, *([None] if with_dense else [])])
-        size, dropped = self.context.batch_size, dict[int, int]()
-        self._held.begin(removed)
-        batches = [math.ceil(part.num_windows / size) for part in self._parts]
+        dropped: dict[int, int] = {}
+        self._branches.begin(removed)
+        batches = [math.ceil(part.num_windows / self.context.batch_size) for part in self._parts]
         with self.context.progress(sum(batches) * len(tally.sums), title) as bar:
-            for number, part in enumerate(self._parts, 1):
-                for batch in part.batches(size):
-                    self._held.next_batch()
-                    self._measure(batch, removed, tally, bar.update)
+            done = 0
+            for number in range(1, len(self._parts) + 1):
+                self._measure(number, removed, tally, bar.update)
+                done += batches[number - 1] * len(tally.sums)
                 if number < len(self._parts):
                     measured = len(tally.sums)
                     dropped.update(self._losers(tally, removed, len(candidates)))
-                    bar.update(sum(batches[number:]) * (measured - len(tally.sums)))
+                    done += sum(batches[number:]) * (measured - len(tally.sums))
+                # What was read back, or measured by another process, counts as done.
+                bar.update(max(0, done - bar.n))
         self._count_naive(len(candidates), removed, with_dense)
         return self._finite(tally.means(), removed), dropped
 
-    def _measure(self, batch: Batch, removed: list[int], tally: Tally, update: Any) -> None:
-        measure = self._naive if self.context.options.search == "naive" else self._branches
-        tally.count(cells_of(predicted(batch).long()), batch.num_tokens)
-        for block, sums in measure(batch, removed, list(tally.sums)):
-            tally.add(block, sums)
-            update()
+    def _measure(self, number: int, removed: list[int], tally: Tally, update: Callable[[], Any]) -> None:
+        """Adds part `number` of the windows to the tally."""
+        part, wanted = self._parts[number - 1], list(tally.sums)
+        place = (len(removed) + 1, number)
+
+        def measure(size: int) -> dict[str, Tensor]:
+            return {"losses": self._losses(place, removed, wanted, size, update)}
+
+        found = self.context.measured(f"sleb-{place[0]}-{place[1]}", measure)["losses"]
+        whole = Batch(part.input_ids, part.attention_mask, labels=part.labels)
+        tally.add(wanted, found, cells_of(predicted(whole).long()), part.num_tokens)
+
+    def _losses(
+        self,
+        place: tuple[int, int],
+        removed: list[int],
+        wanted: list[int | None],
+        size: int,
+        update: Callable[[], Any],
+    ) -> Tensor:
+        """Summed losses [candidates, windows, cells] of a part, 0 for the windows of other processes."""
+        part = self._parts[place[1] - 1]
+        sums: Tensor | None = None
+        self._branches.cut(size)
+        for start, batch in self.context.batches(size, part):
+            rows = slice(start, start + len(batch.input_ids))
+            if self.context.options.search == "naive":
+                measured = self._naive(batch, removed, wanted)
+            else:
+                measured = self._branches.losses(batch, (place[1], start), removed, wanted)
+            for block, losses in measured:
+                cells = cells_of(losses)
+                if sums is None:
+                    # On the device of the losses: reading a value after each candidate would stall a GPU.
+                    sums = cells.new_zeros(len(wanted), part.num_windows, cells_of(part.input_ids[:1]).shape[1])
+                if len(cells) < len(batch.input_ids):  # naive: one sum for the whole batch
+                    rows = slice(start, start + 1)
+                sums[wanted.index(block), rows, : cells.shape[1]] = cells
+                update()
+        return torch.zeros(len(wanted), part.num_windows, 1).double() if sums is None else sums
+
+    def _naive(self, batch: Batch, removed: list[int], wanted: Sequence[int | None]) -> Iterator[Measured]:
+        for block in wanted:
+            off = removed if block is None else [*removed, block]
+            yield block, self.context.runner.nll(batch, off)[0].view(1, 1)
 
     def _losers(self, tally: Tally, removed: list[int], candidates: int) -> dict[int, int]:
         """Takes those that cannot win any more out of the tally; returns them with the number of tokens seen."""
@@ -202,54 +218,8 @@ class _Search:
             del tally.sums[block]
         return {block: tally.tokens for block in gone if block in finite}
 
-    def _naive(self, batch: Batch, removed: list[int], wanted: Sequence[int | None]) -> Iterator[_Measured]:
-        for block in wanted:
-            yield block, self.runner.nll(batch, removed if block is None else [*removed, block])[0].view(1, 1)
-
-    def _branches(self, batch: Batch, removed: list[int], wanted: Sequence[int | None]) -> Iterator[_Measured]:
-        """Walks the trunk once; at every candidate, branches off past it to the end."""
-        state: BlockOutput | None = None
-        before: int | None = None
-        for block in range(self.runner.num_blocks):
-            if block in removed:
-                continue
-            if block in wanted:
-                state = self._trunk(batch, before, removed, state)
-                yield block, self._cells(batch, [*removed, block], state)
-            before = block
-        if None in wanted:
-            yield None, self._cells(batch, removed, state)
-
-    def _trunk(
-        self, batch: Batch, stop: int | None, removed: list[int], state: BlockOutput | None
-    ) -> BlockOutput | None:
-        """The output of block `stop` (`None`: the embeddings), from the last state that is known before it."""
-        if stop is None:
-            return None
-        start = self._held.last(stop, state)
-        if start is not None and start.block == stop:
-            return start
-        reached = self.runner.run_to(batch, stop, removed, start)
-        self._held.keep(reached)
-        return reached
-
-    def _cells(self, batch: Batch, off: list[int], state: BlockOutput | None) -> Tensor:
-        """Summed losses [windows, cells] of the model without `off`, from the stored state on."""
-        last = max((block for block in range(self.runner.num_blocks) if block not in off), default=None)
-        if last is None:
-            raise UnsupportedModelError("A run needs at least one block that is not switched off.")
-        reached = state if state is not None and state.block >= last else self.runner.run_to(batch, last, off, state)
-        heads = self.runner.counters.head_forwards
-
-        losses = prediction_losses(
-            _head_of(self.runner), reached.value, batch, vocabulary_of(self.runner.stack.layout)
-        )
-        # Counted per window, in however many parts the head ran.
-        self.runner.counters.head_forwards = heads + len(batch.input_ids)
-        return cells_of(losses)
-
     def _count_naive(self, candidates: int, removed: list[int], with_dense: bool) -> None:
-        alive = self.runner.num_blocks - len(removed)
+        alive = self.context.runner.num_blocks - len(removed)
         spent = candidates * (alive - 1) + (alive if with_dense else 0)
         self.naive_block_forwards += spent * self.windows.num_windows
 
@@ -259,7 +229,7 @@ class _Search:
         lost = [block for block in means if block not in finite]
         if None in lost or not set(finite) - {None}:
             for batch in self.windows.batches(self.context.batch_size):
-                self.runner.diagnose(batch, removed)
+                self.context.runner.diagnose(batch, removed)
             raise NonFiniteError(
                 f"The loss is NaN or infinite although every block's output is finite (without {removed}): the "
                 "final norm or the head overflows. Load the model in another dtype."
@@ -269,70 +239,12 @@ class _Search:
         return finite
 
 
-def _head_of(runner: BlockRunner) -> Head:
-    """What comes after the last block, on stored outputs of it."""
-    return lambda part, value: runner.logits(part, (), BlockOutput(runner.num_blocks - 1, value))
-
-
-class _Held:
-    """States of the trunk that the next step can start from: removing a block changes nothing before it.
-
-    They are bounded by `_HELD_BYTES`; once that is full, later batches start from their embeddings again.
-    """
-
-    def __init__(self) -> None:
-        self._batches: list[dict[int, BlockOutput]] = []
-        self._batch = -1
-        self._bytes = 0
-
-    def begin(self, removed: list[int]) -> None:
-        """Begins a step: forgets what the last removal made wrong."""
-        self._batch = -1
-        for states in self._batches:
-            for block in [block for block in states if removed and block >= removed[-1]]:
-                self._bytes -= _bytes_of(states.pop(block))
-
-    def next_batch(self) -> None:
-        """Turns to the next batch of the step; all steps see the same ones in the same order."""
-        self._batch += 1
-        if self._batch == len(self._batches):
-            self._batches.append({})
-
-    def last(self, stop: int, state: BlockOutput | None) -> BlockOutput | None:
-        """The deepest of `state` and what is held, not past block `stop`."""
-        known = [held for block, held in self._batches[self._batch].items() if block <= stop]
-        return max([*known, *([] if state is None else [state])], key=lambda held: held.block, default=None)
-
-    def keep(self, state: BlockOutput) -> None:
-        """Holds a state if there is room for it."""
-        size = _bytes_of(state)
-        if self._bytes + size <= _HELD_BYTES:
-            self._bytes += size
-            self._batches[self._batch][state.block] = state
-
-
 def _parts(windows: CalibrationWindows, looks: Sequence[int], seed: int) -> list[CalibrationWindows]:
     """What is measured between two looks; windows are shuffled where there are any, as neighbours are alike."""
     if not looks:
         return [windows]
-    order = torch.randperm(windows.num_windows, generator=torch.Generator().manual_seed(seed))
-    return [_rows(windows, order[begin:end]) for begin, end in zip((0, *looks), (*looks, len(order)), strict=True)]
-
-
-def _rows(windows: CalibrationWindows, rows: Tensor) -> CalibrationWindows:
-    return replace(
-        windows,
-        input_ids=windows.input_ids[rows],
-        attention_mask=None if windows.attention_mask is None else windows.attention_mask[rows],
-        extra={name: tuple(tensors[row] for row in rows.tolist()) for name, tensors in windows.extra.items()},
-        labels=None if windows.labels is None else windows.labels[rows],
-    )
-
-
-def _bytes_of(state: BlockOutput) -> int:
-    sizes: list[int] = []
-    map_tensors(state.value, lambda tensor: sizes.append(tensor.nbytes) or tensor)
-    return sum(sizes)
+    order = torch.randperm(windows.num_windows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [windows.part(order[begin:end]) for begin, end in zip((0, *looks), (*looks, len(order)), strict=True)]
 
 
 def _named(values: dict[Any, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from toys import toy_pruner
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from optimum_blockprune import branching
 from optimum_blockprune.batches import Batch, CalibrationWindows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
 from optimum_blockprune.losses import prediction_losses, token_nll
@@ -195,9 +196,9 @@ def test_states_that_find_no_room_are_computed_again(
     model = tiny_model("llama", 6)
     roomy, _ = search(model, windows, 3)
     # One state of two windows of sixteen tokens: the first batch has a place for one, the other batch for none.
-    monkeypatch.setattr(sleb, "_HELD_BYTES", 2 * 16 * model.config.hidden_size * 4)
+    monkeypatch.setattr(branching, "_HELD_BYTES", 2 * 16 * model.config.hidden_size * 4)
     single, single_runner = search(model, windows, 3)
-    monkeypatch.setattr(sleb, "_HELD_BYTES", 0)
+    monkeypatch.setattr(branching, "_HELD_BYTES", 0)
     tight, tight_runner = search(model, windows, 3)
     for plan in (single, tight):
         assert_same(plan, roomy)
