@@ -8,7 +8,8 @@ the cache (`--cache warm`: read once instead), and each run ends with fsync of e
 
 Importing torch and transformers takes seconds whatever the size; it is part of "whole process", and shown alone.
 Memory is that of the process: peak resident size (VmHWM, which counts the pages of shared libraries), the same after
-the imports alone, and the largest anonymous part seen every 20 ms.
+the imports alone, and the largest anonymous part seen every 20 ms. Most of it is what `from transformers import
+LlamaForCausalLM` needs, so one more run hides the packages that a plain installation does not have.
 
     python benchmarks/apply_checkpoint.py --gigabytes 8 --output benchmarks/results/apply_checkpoint.json
 """
@@ -16,6 +17,7 @@ the imports alone, and the largest anonymous part seen every 20 ms.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,11 @@ from optimum_blockprune.tensors import INDEX_FILE
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
-PIECE = 16 * 2**20
+PIECE = 2**18
+# Not needed, but imported by transformers and for the card's pictures where they are installed.
+OPTIONAL = ("scipy", "sklearn", "matplotlib")
+PLAIN_NAME = "  without optional packages"
+PEAK = "peak_bytes"
 Timing = dict[str, float]
 
 
@@ -43,6 +49,8 @@ def main() -> None:
     """Writes the checkpoint, times both ways of copying, removes everything again."""
     args = _arguments()
     if args.child:
+        if args.plain:
+            _hide(OPTIONAL)
         _child(*map(Path, args.child))
         return
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="blockprune-benchmark-") as name:
@@ -53,14 +61,17 @@ def main() -> None:
         for _ in range(args.repeats):
             runs["apply"].append(_apply(folder, args.cache))
             runs["cp"].append(_copy(folder, args.cache))
+        plain = _apply(folder, args.cache, plain=True)
         report = {
             "claim": "apply_to_checkpoint takes at most 1.3 times as long as cp of the kept bytes, and 400 MB",
             "device": machine(),
+            "versions": _versions(),
             "disk": _file_system(folder),
             "cache": args.cache,
             "checkpoint": _sizes(folder),
             "apply": _medians(runs["apply"]),
             "cp": _medians(runs["cp"]),
+            "plain": plain,
             "runs": runs,
         }
     apply, cp = report["apply"], report["cp"]
@@ -107,7 +118,8 @@ def _shapes(block: int | None) -> dict[str, tuple[int, ...]]:
         rows = (SHAPE["vocab_size"], hidden)
         return {"model.embed_tokens.weight": rows, "model.norm.weight": (hidden,), "lm_head.weight": rows}
     narrow = hidden * HEADS["num_key_value_heads"] // HEADS["num_attention_heads"]
-    shapes = {f"self_attn.{name}_proj": (rows, hidden) for name, rows in zip("qkvo", (hidden, narrow, narrow, hidden))}
+    rows = {"q": hidden, "k": narrow, "v": narrow, "o": hidden}
+    shapes = {f"self_attn.{name}_proj": (count, hidden) for name, count in rows.items()}
     shapes |= {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
     shapes |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     return {f"model.layers.{block}.{name}.weight": shape for name, shape in shapes.items()}
@@ -142,11 +154,12 @@ def _plan(folder: Path, blocks: int) -> Any:
 # --- the two ways --------------------------------------------------------------------------------------------------
 
 
-def _apply(folder: Path, cache: str) -> Timing:
-    """One run of `apply_to_checkpoint`, its result stays for `cp`."""
+def _apply(folder: Path, cache: str, *, plain: bool = False) -> Timing:
+    """One run of `apply_to_checkpoint`, its result stays for `cp`; `plain` hides the optional packages."""
     target = folder / "pruned"
     shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, __file__, "--child", *map(str, (folder / "plan.json", folder / "dense", target))]
+    command += ["--plain"] * plain
     memory: list[int] = []
 
     def run() -> None:
@@ -172,8 +185,15 @@ def _child(plan: Path, source: Path, target: Path) -> None:
 
     imports, before = time.perf_counter() - begin, _status("self")["VmHWM"]
     checkpoint.apply_to_checkpoint(PruningPlan.from_file(plan), source, target, verify="keys")
-    said = {"imports": imports, "peak_bytes": _status("self")["VmHWM"], "peak_bytes_of_imports": before}
+    said = {"imports": imports, PEAK: _status("self")["VmHWM"], f"{PEAK}_of_imports": before}
     sys.stdout.write(json.dumps(said) + "\n")
+
+
+def _hide(packages: Collection[str]) -> None:
+    """Makes them look as if they were not installed."""
+    found = importlib.util.find_spec
+    sys.modules.update(dict.fromkeys(packages))
+    importlib.util.find_spec = lambda name, package=None: None if name in packages else found(name, package)
 
 
 def _copy(folder: Path, cache: str) -> Timing:
@@ -235,6 +255,12 @@ def _medians(runs: list[Timing]) -> Timing:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
+def _versions() -> dict[str, str]:
+    from optimum_blockprune.environment import versions
+
+    return versions()
+
+
 def _file_system(folder: Path) -> str:
     done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
@@ -256,10 +282,14 @@ def _table(report: dict[str, Any]) -> str:
         report["device"],
         "",
         *(f"{name:<34}{seconds:>8.2f} s{seconds / cp['seconds']:>8.2f} x cp" for name, seconds in rows.items()),
-        f"{'peak memory':<34}{apply['peak_bytes'] / 1e6:>8.0f} MB, of it imports {apply['peak_bytes_of_imports'] / 1e6:.0f} MB; "
-        f"anonymous at most {apply['peak_anonymous_bytes'] / 1e6:.0f} MB",
+        *(_memory_line(name, report[key]) for name, key in (("peak memory", "apply"), (PLAIN_NAME, "plain"))),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _memory_line(name: str, timing: Timing) -> str:
+    peak, imports, anonymous = (timing[key] / 1e6 for key in (PEAK, f"{PEAK}_of_imports", "peak_anonymous_bytes"))
+    return f"{name:<34}{peak:>8.0f} MB; after the imports {imports:.0f} MB; anonymous at most {anonymous:.0f} MB"
 
 
 def _arguments() -> argparse.Namespace:
@@ -275,6 +305,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", help="where to write; default: the temporary directory")
     parser.add_argument("--output", help="JSON file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -28,6 +28,7 @@ from optimum_blockprune import BlockPruner, BlockPruningConfig
 from optimum_blockprune.calibration import build_windows
 from optimum_blockprune.choosing import window_spec
 from optimum_blockprune.environment import versions
+from optimum_blockprune.report import PruningReport
 
 
 BASELINES = ("forward", "forward without head")
@@ -86,6 +87,7 @@ def _search(pruner: BlockPruner, config: BlockPruningConfig) -> Callable[[], Tim
     """Makes a plan; the text is cut into windows before the search, which is not counted on the clock."""
 
     def run() -> Timing:
+        pruner.report = PruningReport()  # which adds up otherwise
         processor = time.process_time()
         pruner.make_plan(config)
         spent = pruner.report.seconds
@@ -116,9 +118,7 @@ def _baselines(pruner: BlockPruner, config: BlockPruningConfig) -> dict[str, Cal
 
 def _row(timings: dict[str, list[Timing]], name: str) -> dict[str, Any]:
     """Medians, and how often each baseline fits into them."""
-    wall, processor = (
-        {each: statistics.median(t[kind] for t in timings[each]) for each in timings} for kind in (0, 1)
-    )
+    wall, processor = ({key: statistics.median(t[kind] for t in timings[key]) for key in timings} for kind in (0, 1))
     return {
         "seconds": wall[name],
         "processor_seconds": processor[name],

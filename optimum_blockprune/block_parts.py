@@ -30,6 +30,7 @@ from .errors import UnsupportedModelError
 from .inputs import evaluating, probe_batch
 from .narrowing import units_off
 from .norm_gain import Norm, read_norm
+from .offload import held
 from .runner import BlockRunner
 from .stand_ins import hidden_of, hooks, incoming_hidden, map_tensors
 from .trial import usable_units
@@ -131,11 +132,12 @@ def find_parts(
         if block in lacking:
             units[block] += groups
     arguments = _captured(stack, units)
+    found: dict[int, BlockParts] = {}
     with evaluating(stack.model), torch.no_grad():
-        return {
-            block: _Probe(stack.blocks[block], *arguments[block]).parts(groups, flow=flow)
-            for block, groups in units.items()
-        }
+        for number, groups in units.items():
+            with held(stack.blocks[number]):
+                found[number] = _Probe(stack.blocks[number], *arguments[number]).parts(groups, flow=flow)
+    return found
 
 
 def _ffn_groups(stack: BlockStack) -> dict[int, tuple[UnitGroup, ...]]:

@@ -15,6 +15,7 @@ from .batches import Batch
 from .errors import UnsupportedModelError
 from .inputs import vocabulary_of
 from .losses import Head, prediction_losses
+from .passes import prove
 from .runner import BlockOutput, BlockRunner
 from .stand_ins import map_tensors
 
@@ -44,10 +45,10 @@ class Branches:
         Raises:
             UnsupportedModelError: Blocks share more than their return value, or the head mixes positions.
         """
+        prove(self.runner, batch)
         runner = BlockRunner(self.runner.model, self.runner.stack.layout.stack)
-        runner.check_replay(batch)
-        whole = runner.nll(batch)[0].item()
         last = runner.run_to(batch, runner.num_blocks - 1, ())
+        whole = runner.nll(batch, start=last)[0].item()
         alone = prediction_losses(head_of(runner), last.value, batch, vocabulary_of(runner.stack.layout)).sum().item()
         # Half precision differs between shapes of the same product.
         if math.isfinite(whole) and abs(alone - whole) > 2e-2 * max(1.0, abs(whole)):

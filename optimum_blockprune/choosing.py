@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from optimum.utils import logging
@@ -16,7 +16,9 @@ from .blocks import BlockStack, find_blocks
 from .calibration import WindowSpec, build_windows
 from .environment import versions
 from .errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
+from .fingerprints import run_fingerprint
 from .inputs import positions_of, vocabulary_of
+from .ledger import Ledger
 from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .recipe import Recipe
@@ -35,6 +37,9 @@ from .widths import Narrowing, Width
 
 logger = logging.get_logger("optimum.blockprune.choosing")
 
+# From the fingerprint of a search to its ledger; `None` where nothing is kept.
+Keep = Callable[[Mapping[str, Any]], Ledger | None]
+
 
 def choose(
     model: PreTrainedModel,
@@ -44,6 +49,7 @@ def choose(
     *,
     base_model: str | None = None,
     unit_scores: dict[Place, list[float]] | None = None,
+    keep: Keep | None = None,
 ) -> PruningPlan:
     """Lets the strategy of `recipe` choose what `model` loses, which is not changed.
 
@@ -54,6 +60,7 @@ def choose(
         report: Gets seconds, tokens and what the search spent.
         base_model: Name of the dense model for the plan; by default what its configuration says.
         unit_scores: Gets the score of every unit, from strategies that remove units of width.
+        keep: Opens the ledger of a search that measures; what an earlier run left there is not measured again.
 
     Raises:
         BlockPruningError: The recipe, the model or the text does not fit; as much as possible before the search.
@@ -63,17 +70,7 @@ def choose(
     strategy = get_strategy(recipe.strategy)()
     options = build_options(type(strategy), recipe.strategy_options or {})
     stack = find_blocks(model, recipe.stack)
-    layout = stack.layout
-    task, removable, num_remove = None, (), 0
-    if strategy.unit_of(options) == "width":
-        task = width_task(stack, recipe, type(strategy), options)
-        check_plan(model, _any_width(layout, task))
-    else:
-        _refuse_width_fields(recipe)
-        removable = _removable(recipe, strategy, stack)
-        num_remove = _budget(recipe, stack, removable)
-        # Whatever the choice will be, as many blocks must be able to go.
-        check_plan(model, _any_choice(layout, removable, num_remove))
+    task, removable, num_remove = _asked_for(recipe, strategy, options, stack)
     windows = _calibrate(stack, recipe, tokenizer, report)
     context = SearchContext(
         runner=BlockRunner(model, recipe.stack),
@@ -84,10 +81,11 @@ def choose(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         progress=lambda total, description: tqdm(total=total, desc=description, leave=False),
-        provenance=_provenance(layout, recipe, windows, base_model),
+        provenance=_provenance(stack.layout, recipe, windows, base_model),
         width=task,
         unit_scores={} if unit_scores is None else unit_scores,
         team=Team.current(),
+        ledger=None if windows is None or keep is None else _ledger(stack, recipe, windows, keep),
     )
     with report.timed("search"):
         plan = strategy.select(context)
@@ -95,6 +93,22 @@ def choose(
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
+
+
+def _asked_for(
+    recipe: Recipe, strategy: PruningStrategy, options: Any, stack: BlockStack
+) -> tuple[WidthTask | None, tuple[int, ...], int]:
+    """The task of a strategy of width; else the blocks that may go, and how many have to. Tried on the model."""
+    if strategy.unit_of(options) == "width":
+        task = width_task(stack, recipe, type(strategy), options)
+        check_plan(stack.model, _any_width(stack.layout, task))
+        return task, (), 0
+    _refuse_width_fields(recipe)
+    removable = _removable(recipe, strategy, stack)
+    num_remove = _budget(recipe, stack, removable)
+    # Whatever the choice will be, as many blocks must be able to go.
+    check_plan(stack.model, _any_choice(stack.layout, removable, num_remove))
+    return None, removable, num_remove
 
 
 def _refuse_width_fields(recipe: Recipe) -> None:
@@ -107,11 +121,21 @@ def _refuse_width_fields(recipe: Recipe) -> None:
         )
 
 
+def _ledger(stack: BlockStack, recipe: Recipe, windows: CalibrationWindows, keep: Keep) -> Ledger | None:
+    """What was measured before; of several processes, the first one reads and writes it."""
+    return Team.current().by_first(lambda: keep(run_fingerprint(stack, recipe, windows)))
+
+
 def _record_cost(report: PruningReport, plan: PruningPlan, context: SearchContext) -> None:
     report.block_forwards = context.runner.counters.block_forwards
     report.head_forwards = context.runner.counters.head_forwards
     report.naive_block_forwards = plan.details.get("naive_block_forwards")
     report.tokens = context.windows.num_tokens if context.windows is not None else None
+    if context.ledger is not None and context.ledger.reused:
+        logger.info(
+            f"{context.ledger.reused} measurements were read from '{context.ledger.folder}' and not made again; "
+            "seconds, block_forwards and head_forwards count the others only."
+        )
 
 
 def _provenance(

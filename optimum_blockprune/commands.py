@@ -26,6 +26,7 @@ from .flags import (
     add_model,
     add_output,
     add_recipe,
+    add_resuming,
     add_tasks,
     add_writing,
     flag_of,
@@ -47,7 +48,7 @@ def run_guarded(command: str, args: Namespace) -> None:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
+        sys.stderr.write("interrupted; no result was written\n")
         raise SystemExit(1) from None
 
 
@@ -75,6 +76,7 @@ class RunCommand(ShellCommand):
             help="Remove exactly these blocks, counted from 0, without data and without a search.",
         )
         add_recipe(optional)
+        add_resuming(optional)
         add_loading(optional)
         add_writing(optional)
         optional.add_argument(
@@ -112,6 +114,7 @@ class PlanCommand(ShellCommand):
         required.add_argument("-o", "--output", required=True, metavar="FILE", help="Where to write the plan (JSON).")
         add_budgets(optional)
         add_recipe(optional)
+        add_resuming(optional)
         add_loading(optional)
         add_json(optional)
 

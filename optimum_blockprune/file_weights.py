@@ -8,7 +8,11 @@ differs (tensors that are joined, split or renamed while loading) is not looked 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +37,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+# Tensors from this size on lie in pages of their own (our choice).
+_OWN_PAGES = 2**16
+# Windows knows only one kind.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+
 # By the name in the model: what is stored, and the dtype that it becomes.
 Homes = dict[str, tuple[StoredTensor, torch.dtype]]
 
@@ -49,13 +58,17 @@ class FileWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         stored, dtype = self._homes[name]
-        return read_tensor(stored).to(dtype)
+        values = read_tensor(stored)
+        return values if values.dtype == dtype else _room(stored.shape, dtype).copy_(values)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
 
     def __len__(self) -> int:
         return len(self._homes)
+
+    def __deepcopy__(self, _memo: Any) -> FileWeights:
+        return self  # never changes, and copies of modules carry it with their hooks
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
@@ -64,7 +77,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     Raises:
         CheckpointError: The file is gone or became shorter.
     """
-    values = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    values = _room(stored.shape, DTYPES[stored.dtype])
     if not stored.num_bytes:
         return values
     target = memoryview(values.view(-1).view(torch.uint8).numpy())
@@ -76,6 +89,18 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"'{stored.file}' cannot be read while the model streams: {error}") from error
     return values
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in pages of its own, which the system gets back as soon as it goes.
+
+    The C library would keep them: blocks come and go between tensors that stay, and its heap grows with each.
+    """
+    num_bytes = prod(shape) * dtype.itemsize
+    if num_bytes >= _OWN_PAGES:
+        with suppress(OSError):  # no memory: torch says so in the words that callers know
+            return torch.frombuffer(mmap.mmap(-1, num_bytes, **_PRIVATE), dtype=dtype).view(shape)
+    return torch.empty(shape, dtype=dtype)
 
 
 def find_homes(model: PreTrainedModel, stacks: Sequence[BlockStack], weights: StoredWeights) -> Homes | None:

@@ -96,6 +96,24 @@ def add_writing(group: Any, *, verify: str = "logits") -> None:
     group.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
 
 
+def add_resuming(group: Any) -> None:
+    """Declares where finished measurements are kept."""
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--resume-dir",
+        metavar="DIR",
+        help="Folder where finished measurements are kept until the result is there (default: .OUTPUT.resume, beside "
+        "OUTPUT). After a crash, the same command goes on from there.",
+    )
+    choice.add_argument(
+        "--no-resume",
+        action="store_const",
+        const=False,
+        dest="resume_dir",
+        help="Keep nothing, and use nothing that an interrupted run has left.",
+    )
+
+
 def add_tasks(group: Any) -> None:
     """Declares benchmark tasks; needs the extra `eval`."""
     group.add_argument(

@@ -41,27 +41,32 @@ class BlockUpdates:
     def __init__(self, num_blocks: int, tokens: int) -> None:
         self._tokens = tokens
         self._states: list[Tensor | None] = [None] * (num_blocks + 1)
-        self._rows = torch.empty(0, dtype=torch.long)
-        self._start = self._stop = 0
+        self._stop = 0
 
     @property
     def stored_values(self) -> int:
         """Number of values held."""
         return sum(states.numel() for states in self._states if states is not None)
 
-    def begin(self, rows: Tensor) -> None:
-        """Starts a batch; `rows` are flat positions in its [B * S]."""
-        self._rows = rows
-        self._start, self._stop = self._stop, self._stop + len(rows)
+    def watch(self, rows: Tensor) -> Callable[[int, Tensor], None]:
+        """Starts a batch.
 
-    def visit(self, position: int, hidden: Tensor) -> None:
-        """Takes the boundary states [B, S, d] of the batch; for `BlockRunner.stream`."""
-        self._rows = self._rows.to(hidden.device)
-        rows = hidden.flatten(0, 1).index_select(0, self._rows)
-        states = self._states[position]
-        if states is None:
-            states = self._states[position] = rows.new_empty(self._tokens, rows.shape[1])
-        states[self._start : self._stop].copy_(rows)
+        Args:
+            rows: Flat positions in its [B * S].
+
+        Returns:
+            What takes its boundary states [B, S, d]; batches may take turns.
+        """
+        place = slice(self._stop, self._stop + len(rows))
+        self._stop = place.stop
+
+        def visit(position: int, hidden: Tensor) -> None:
+            chosen = hidden.flatten(0, 1).index_select(0, rows.to(hidden.device))
+            if self._states[position] is None:
+                self._states[position] = chosen.new_empty(self._tokens, chosen.shape[1])
+            self._states[position][place].copy_(chosen)
+
+        return visit
 
     def of(self, block: int, signals: str = UPDATE) -> Tensor:
         """Z [T, d], fp64: the update of a block over the root mean square of its input, token by token.

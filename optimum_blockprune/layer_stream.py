@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .batches import Batch, CalibrationWindows
 from .measures import content_mask
+from .offload import held
+from .passes import in_order_of_blocks, prove
 from .runner import BlockOutput, BlockRunner
 from .stand_ins import map_tensors
 
@@ -79,9 +81,7 @@ class LayerStream:
         Raises:
             UnsupportedModelError: They share more than their return value.
         """
-        first = next(iter(self._windows.batches(1)))
-        runner = BlockRunner(self._runner.model, self._runner.stack.layout.stack)
-        runner.check_replay(first.beginning())
+        prove(self._runner, next(iter(self._windows.batches(1))).beginning())
 
     def advance(
         self,
@@ -98,14 +98,25 @@ class LayerStream:
             visits: See `BlockRunner.observe`; modules of that block.
             begin: Called with the mask of each batch before it runs.
         """
-        for number, (batch, mask) in enumerate(zip(group.batches, group.masks, strict=True)):
-            begin(mask)
-            start = group.states[number] if number < len(group.states) else None
-            state = self._runner.observe(batch, visits, start=start, stop=block)
-            if start is None:
-                group.states.append(state)
-            else:
-                group.states[number] = state
+        if in_order_of_blocks(self._runner):
+            reached = group.states[0].block if group.states else -1
+            for before in range(reached + 1, block):
+                self._step(group, before, {}, lambda mask: None)
+        self._step(group, block, visits, begin)
+
+    def _step(
+        self,
+        group: TextGroup,
+        block: int,
+        visits: Mapping[nn.Module, Callable[[Tensor, Any], None]],
+        begin: Callable[[Tensor], None],
+    ) -> None:
+        states: list[BlockOutput | None] = [*group.states] or [None] * len(group.batches)
+        with held(self._runner.stack.blocks[block]):
+            for number, (batch, mask) in enumerate(zip(group.batches, group.masks, strict=True)):
+                begin(mask)
+                states[number] = self._runner.observe(batch, visits, start=states[number], stop=block)
+        group.states[:] = states
 
     @property
     def stored_values(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .channel_sums import INPUT, TokenSums
 from .measures import raise_non_finite
+from .passes import sum_tokens
 
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ def mean_inputs(
 
     def measure(size: int) -> dict[str, Tensor]:
         sums.clear()
-        for _, batch in context.batches(size):
-            sums.begin(context.runner.positions(batch))
-            context.runner.observe(batch, sums.visits)
-            advance(len(batch.input_ids))
+        runner = context.runner
+        sum_tokens(runner, context.batches(size), sums, runner.positions, done=advance)
         return sums.sums()
 
     sums.restore(context.measured("mean-inputs", measure))

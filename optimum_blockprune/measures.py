@@ -135,7 +135,7 @@ def dpi_violation_rate(scores: Tensor, tolerance: float = 1e-9) -> float:
 
 
 class BoundaryDistance:
-    """Mean distance between each boundary and the one some blocks later, streamed; holds that many states of a batch.
+    """Summed distances between each boundary and the one some blocks later, streamed; see `watch`.
 
     Args:
         gaps: Numbers of blocks in between, each at least 1.
@@ -145,28 +145,38 @@ class BoundaryDistance:
     def __init__(self, gaps: Collection[int], distance: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._gaps = tuple(gaps)
         self._distance = distance
-        self._recent: deque[Tensor] = deque(maxlen=max(gaps) + 1)
         self._sums: dict[tuple[int, int], Tensor] = {}
-        self._tokens = torch.empty(0)
         self.count = 0
 
-    def begin(self, tokens: Tensor) -> None:
-        """Starts a batch; `tokens` are flat positions in its [B * S]."""
-        self._recent.clear()
-        self._tokens = tokens
+    @property
+    def span(self) -> int:
+        """Number of boundaries whose states of a batch are held at a time."""
+        return max(self._gaps) + 1
+
+    def watch(self, tokens: Tensor) -> Callable[[int, Tensor], None]:
+        """Starts a batch.
+
+        Args:
+            tokens: Flat positions in its [B * S].
+
+        Returns:
+            What takes its boundary states [B, S, d], in order of position; batches may take turns.
+        """
+        recent: deque[Tensor] = deque(maxlen=self.span)
         self.count += len(tokens)
 
-    def visit(self, position: int, hidden: Tensor) -> None:
-        """Takes the boundary states [B, S, d] of the batch, in order of `position`."""
-        self._tokens = self._tokens.to(hidden.device)
-        states = hidden.flatten(0, 1).index_select(0, self._tokens)
-        self._recent.append(states)
-        for gap in self._gaps:
-            if len(self._recent) > gap:
-                distances = self._distance(self._recent[-1 - gap].to(states.device), states)
-                total = distances.to(_fp64_device(distances.device)).double().sum()
-                key = (gap, position - gap)
-                self._sums[key] = self._sums[key] + total if key in self._sums else total
+        def visit(position: int, hidden: Tensor) -> None:
+            states = hidden.flatten(0, 1).index_select(0, tokens.to(hidden.device))
+            recent.append(states)
+            for gap in self._gaps:
+                if len(recent) > gap:
+                    self._add((gap, position - gap), self._distance(recent[-1 - gap].to(states.device), states))
+
+        return visit
+
+    def _add(self, key: tuple[int, int], distances: Tensor) -> None:
+        total = distances.to(_fp64_device(distances.device)).double().sum()
+        self._sums[key] = self._sums[key] + total if key in self._sums else total
 
     def sums(self, num_blocks: int) -> dict[str, Tensor]:
         """By gap, `"1"`, ...: fp64 [num_blocks + 1 - gap], entry a the summed distance between boundaries a and

@@ -14,7 +14,7 @@ What is not covered: which networks recur from one group to the next; one that s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .ica import Control, effective_components, leading_maps, rotated_maps, standardised, whitened
 from .layer_stream import LayerStream, TextGroup
+from .offload import held
 from .signals import ACT_UP, Capture, Signals, find_signals
 from .widths import UnitGroup, spelled
 
@@ -138,8 +139,7 @@ class NetworkScores:
         for name in ("outcome", "converged", "contrast"):
             sums[name] = torch.zeros(len(groups), len(texts), dtype=torch.long)
         sums["held"] = torch.zeros(len(texts), dtype=torch.long)
-        for number in filter(self._context.team.takes, range(len(texts))):
-            captures = self._captured(block, texts[number])
+        for number, captures in self._all_captured(block, texts):
             sums["held"][number] = sum(capture.stored_values for capture in captures)
             for n in range(len(groups)):
                 fit = self._fit(block, number, captures.pop(0))
@@ -180,6 +180,12 @@ class NetworkScores:
             for block, figures in self._figures.items()
             for text, _ in figures["outcome"].T.eq(outcome).nonzero().tolist()
         ]
+
+    def _all_captured(self, block: int, texts: Sequence[TextGroup]) -> Iterator[tuple[int, list[Capture]]]:
+        """The signals of this process's groups of texts; the weights of the block are fetched once."""
+        with held(self._runner.stack.blocks[block]):
+            for number in filter(self._context.team.takes, range(len(texts))):
+                yield number, self._captured(block, texts[number])
 
     def _captured(self, block: int, texts: TextGroup) -> list[Capture]:
         """Runs one group of texts to the end of the block and returns the signals of each of its groups of units."""

@@ -7,13 +7,13 @@ and some store their gain less one. All of that shows in what the module does wi
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .measures import fp64_zeros
+from .offload import copied
 
 
 # Made-up vectors are this large, so that no norm's epsilon matters.
@@ -87,7 +87,7 @@ def read_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
 def _measured(module: nn.Module, like: Tensor) -> tuple[Tensor | None, Tensor]:
     """Gain and offset, fp64 [d]; no gain where the module does more than scale-free arithmetic."""
     # A copy in full precision: the live one may round its output.
-    twin = copy.deepcopy(module).float().eval()
+    twin = copied(module).float().eval()
     pattern = _pattern(like.shape[-1]).to(like.device)
     plus, minus, double = (twin(factor * _LARGE * pattern.view(1, 1, -1)).flatten() for factor in (1, -1, 2))
     if not torch.allclose(plus, double, rtol=1e-3, atol=1e-3 * float(plus.abs().max())):

@@ -8,8 +8,11 @@ them, however often the block runs meanwhile. It knows accelerate's hooks and no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial, update_wrapper
+from typing import Any
 
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import nn
@@ -25,15 +28,35 @@ def held(block: nn.Module) -> Iterator[None]:
     try:
         for module in block.modules():
             for hook in _fetching(module):
+                loaded.append((module, hook))
                 hook.pre_forward(module)
                 # The hook goes on moving inputs to the module's device, but leaves the weights alone.
                 hook.offload = False
-                loaded.append((module, hook))
         yield
     finally:
         for module, hook in loaded:
             hook.offload = True
             hook.post_forward(module, None)
+
+
+def hold_while_running(block: nn.Module) -> None:
+    """Makes a block fetch all its weights when it begins to run, once, and not those of each module in turn.
+
+    Some blocks read a weight of a module inside without calling that module, so that no hook would fetch it.
+    """
+    # As accelerate wraps a forward: copies of the block then run their own.
+    block.forward = update_wrapper(partial(_run_held, block, block.forward), block.forward)
+
+
+def _run_held(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with held(block):
+        return forward(*args, **kwargs)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy of a module that is held, hooks included; what weights are fetched from is shared, not copied."""
+    sources = [hook.weights_map for part in module.modules() for hook in _flat(getattr(part, "_hf_hook", None))]
+    return copy.deepcopy(module, {id(source): source for source in sources})
 
 
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:
@@ -43,12 +66,12 @@ def is_offloaded(modules: Iterable[nn.Module]) -> bool:
 
 def _fetching(module: nn.Module) -> list[AlignDevicesHook]:
     """The hooks of a module that fetch weights."""
-    return [hook for hook in _flat(getattr(module, "_hf_hook", None)) if isinstance(hook, AlignDevicesHook)]
+    return [hook for hook in _flat(getattr(module, "_hf_hook", None)) if hook.offload]
 
 
-def _flat(hook: ModelHook | None) -> Iterator[ModelHook]:
+def _flat(hook: ModelHook | None) -> Iterator[AlignDevicesHook]:
     if isinstance(hook, SequentialHook):
         for part in hook.hooks:
             yield from _flat(part)
-    elif getattr(hook, "offload", False) is True:
+    elif isinstance(hook, AlignDevicesHook):
         yield hook

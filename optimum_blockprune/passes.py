@@ -42,6 +42,26 @@ Key = TypeVar("Key")
 _PROVEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
+def prove(runner: BlockRunner, batch: Batch | None = None) -> None:
+    """Proves that blocks can be run one by one; only once for a model whose weights must be fetched for it.
+
+    Args:
+        runner: Runs the model; its counters do not count this.
+        batch: A few tokens; made-up ones unless given.
+
+    Raises:
+        UnsupportedModelError: See `BlockRunner.check_replay`.
+    """
+    stack = runner.stack.layout.stack
+    proven = _PROVEN.setdefault(runner.model, set())
+    if stack in proven:
+        return
+    # A runner of its own: these few tokens are no calibration window and do not count as one.
+    BlockRunner(runner.model, stack).check_replay(batch or probe_batch(runner.model, runner.stack.layout))
+    if in_order_of_blocks(runner):
+        proven.add(stack)
+
+
 def in_order_of_blocks(runner: BlockRunner) -> bool:
     """Whether a pass goes block by block, since the weights of blocks are to be fetched."""
     return is_offloaded(runner.stack.blocks)
@@ -213,7 +233,7 @@ def _groups(
     runner: BlockRunner, batches: Iterable[tuple[Key, Batch]], lanes: float = 1.0
 ) -> Iterator[list[tuple[Key, Batch]]]:
     """As many batches at a time as have room for `lanes` times their hidden states."""
-    _prove(runner)
+    prove(runner)
     layout = runner.stack.layout
     # The encoder's output is kept for one batch: with more of them it would run again at every block.
     alone = len(layout.kind.stacks) > 1 and layout.stack == DECODER
@@ -250,13 +270,3 @@ def _say(some: Sequence[Any], what: str) -> None:
         f"The hidden states would take more than {STATE_BYTES / 2**30:g} GiB; the weights of all blocks are fetched "
         f"for {count} {what} at a time."
     )
-
-
-def _prove(runner: BlockRunner) -> None:
-    """Proves once for a model that its blocks can be run one by one."""
-    stack = runner.stack.layout.stack
-    proven = _PROVEN.setdefault(runner.model, set())
-    if stack not in proven:
-        # A runner of its own: these few tokens are no calibration window and do not count as one.
-        BlockRunner(runner.model, stack).check_replay(probe_batch(runner.model, runner.stack.layout))
-        proven.add(stack)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from optimum.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blocks import find_blocks
-from .choosing import choose, removes, score_units
+from .choosing import Keep, choose, removes, score_units
 from .config import BlockPruningConfig
 from .errors import ConfigurationError
 from .evaluation import size_of
@@ -24,6 +24,7 @@ from .plan import PruningPlan
 from .publishing import Publishing
 from .records import record
 from .report import PruningReport
+from .resuming import Resumption, resumption
 from .sequence import apply_in_order
 from .surgery import Journal, check_plan
 
@@ -31,6 +32,7 @@ from .surgery import Journal, check_plan
 logger = logging.get_logger("optimum.blockprune")
 
 Configs = BlockPruningConfig | Sequence[BlockPruningConfig]
+ResumeDir = str | Path | bool | Resumption | None
 
 
 class BlockPruner(Publishing):
@@ -132,24 +134,29 @@ class BlockPruner(Publishing):
         plan = choose(self.model, recipe, self.tokenizer, PruningReport())
         return {int(block): score for block, score in plan.scores.items()}
 
-    def make_plan(self, config: Configs | None = None) -> PruningPlan:
+    def make_plan(self, config: Configs | None = None, *, resume_dir: ResumeDir = None) -> PruningPlan:
         """Lets the strategy choose; the model stays bit-identical. The plan is returned and kept in `plan`.
 
         Args:
             config: Replaces the configuration of this pruner. Of several, each chooses on what the one before leaves:
                 they are applied for that, and taken back.
+            resume_dir: Folder where finished measurements are kept until there is a plan; a run that was killed goes
+                on from there.
 
         Raises:
+            ResumeError: `resume_dir` belongs to a run that differs, or is in use.
             ConfigurationError: Strategy, option or budget do not fit; raised before any text is read.
             CalibrationError: The calibration text is missing, too short or does not fit the tokenizer.
             NonFiniteError: The model gives NaN or infinity on this text.
         """
         configs = self._configs(config)
-        if len(configs) == 1:
-            self._choose(configs[0])
-        else:
-            self.plan, _, journal = apply_in_order(self.model, self._makers(configs), self.report)
-            journal.rollback()
+        with resumption(resume_dir) as kept:
+            makers = self._makers(configs, kept)
+            if len(makers) == 1:
+                makers[0]()
+            else:
+                self.plan, _, journal = apply_in_order(self.model, makers, self.report)
+                journal.rollback()
         return self.plan
 
     def _configs(self, config: Configs | None) -> list[BlockPruningConfig]:
@@ -165,13 +172,19 @@ class BlockPruner(Publishing):
         self.config = configs[-1]
         return configs
 
-    def _makers(self, configs: list[BlockPruningConfig]) -> list[Callable[[], PruningPlan]]:
-        return [partial(self._choose, each, joins=number > 0) for number, each in enumerate(configs)]
+    def _makers(self, configs: list[BlockPruningConfig], kept: Resumption) -> list[Callable[[], PruningPlan]]:
+        def maker(number: int, config: BlockPruningConfig) -> Callable[[], PruningPlan]:
+            def keep(fingerprint: Mapping[str, Any]) -> Any:
+                return kept.ledger(number, config.strategy, {"searches": len(configs), **fingerprint})
 
-    def _choose(self, config: BlockPruningConfig, *, joins: bool = False) -> PruningPlan:
+            return partial(self._choose, config, keep, joins=number > 1)
+
+        return [maker(number, each) for number, each in enumerate(configs, 1)]
+
+    def _choose(self, config: BlockPruningConfig, keep: Keep, *, joins: bool = False) -> PruningPlan:
         report = PruningReport() if joins else self.report
         self.report.depths = []
-        plan = choose(self.model, config.recipe, self.tokenizer, report, base_model=self._source)
+        plan = choose(self.model, config.recipe, self.tokenizer, report, base_model=self._source, keep=keep)
         if joins:
             self.report.add_search(report)
         else:
@@ -186,6 +199,7 @@ class BlockPruner(Publishing):
         *,
         overwrite: bool = False,
         verify: str = "logits",
+        resume_dir: ResumeDir = None,
     ) -> PreTrainedModel:
         """Chooses (unless a plan says what goes), removes it in place, proves the result and saves it.
 
@@ -196,21 +210,40 @@ class BlockPruner(Publishing):
             plan: What to remove; needs no data.
             overwrite: Whether `save_dir` may be replaced.
             verify: How the saved folder is proven: `"logits"`, `"keys"` (meta device) or `"off"`.
+            resume_dir: Folder where finished measurements are kept until the result is there: the same call goes on
+                from there after a crash. By default a hidden one beside `save_dir`, without that none; `False` for
+                none.
 
         Returns:
             The pruned model: the same object, on the device where it was.
 
         Raises:
-            BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C.
+            BlockPruningError: Whatever is wrong. The model and the disk are then as they were, also after Ctrl-C, but
+                for what was measured.
         """
         configs = self._configs(config)
         check_mode(verify)
         if plan is not None:
+            _refuse_resuming(resume_dir)
             check_plan(self.model, plan)
         if save_dir is not None:
             self.check_save(save_dir, plan=plan, overwrite=overwrite, verify=verify)
-        if plan is None and len(configs) == 1:
-            plan = self._choose(configs[0])
+        with resumption(resume_dir, save_dir) as kept:
+            makers = self._makers(configs, kept)
+            if plan is None and len(makers) == 1:
+                plan = makers[0]()
+            self._carry_out(makers if plan is None else [lambda: plan], plan, save_dir, overwrite, verify)
+        return self.model
+
+    def _carry_out(
+        self,
+        makers: list[Callable[[], PruningPlan]],
+        plan: PruningPlan | None,
+        save_dir: str | Path | None,
+        overwrite: bool,
+        verify: str,
+    ) -> None:
+        """Removes what the plans say and saves, or leaves everything as it was."""
         before = (self._expected, copy.deepcopy(self.report))
         journal: Journal | None = None
         try:
@@ -219,7 +252,6 @@ class BlockPruner(Publishing):
                 kept = ("seconds", "evaluations", "task_results", "base")
                 self.report = PruningReport(**{name: getattr(self.report, name) for name in kept})
             sizes = size_of(self.model, self.config.stack if plan is None else plan.stack)
-            makers = self._makers(configs) if plan is None else [lambda: plan]
             self.plan, self._expected, journal = apply_in_order(self.model, makers, self.report)
             record(self.report, self.plan, sizes, self.model, **self._origin())
             self.report.device = str(self.model.device)
@@ -230,7 +262,14 @@ class BlockPruner(Publishing):
                 journal.rollback()
             self._expected, self.report = before
             raise
-        return self.model
+
+
+def _refuse_resuming(resume_dir: ResumeDir) -> None:
+    """An argument that would be ignored is an error."""
+    if resume_dir and not isinstance(resume_dir, Resumption):
+        raise ConfigurationError(
+            f"plan= says what goes, so that nothing is measured; resume_dir={str(resume_dir)!r} would have no effect."
+        )
 
 
 def _tokenizer(given: Any, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:

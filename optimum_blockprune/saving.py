@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from .errors import OutputError
+from .errors import BlockPruningError, OutputError
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,7 +99,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Turns 'disk full' and 'permission denied' into `OutputError`; other errors pass."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # tokenizers has no class of its own for what the system refuses
         if _is_one_of(_FULL, error):
             raise OutputError(
                 f"The disk filled up while writing '{path}' ({error}); the partial output was removed. Free some "
@@ -115,7 +113,9 @@ def _explained(path: Path) -> Iterator[None]:
 def _is_one_of(codes: tuple[int, ...], error: Exception) -> bool:
     """Libraries that report an error of the system as their own keep its words only."""
     code = getattr(error, "errno", None)
-    return code in codes if code is not None else any(os.strerror(code) in str(error) for code in codes)
+    if code is not None or isinstance(error, BlockPruningError):
+        return code in codes
+    return any(os.strerror(code) in str(error) for code in codes)
 
 
 def _existing_parent(path: Path) -> Path:

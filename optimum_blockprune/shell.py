@@ -35,6 +35,7 @@ from .recipe import BUDGET_FIELDS
 from .records import update_records
 from .registry import available_strategies
 from .report import PruningReport
+from .resuming import Resumption, resumption
 from .saving import check_output
 from .shell_text import depth_table, described, listed, narrowed, removed, summary, table
 
@@ -53,16 +54,22 @@ def run(args: Namespace) -> None:
     stack = getattr(args, "stack", None)
     plan = PruningPlan.from_blocks(pruner.model, args.blocks, stack=stack) if args.blocks else None
     pruner.check_save(args.output, plan=plan, overwrite=args.overwrite, verify=args.verify)
+    with resumption(args.resume_dir, args.output) as kept:
+        _carry_out(args, pruner, plan, kept)
+
+
+def _carry_out(args: Namespace, pruner: BlockPruner, plan: PruningPlan | None, kept: Resumption) -> None:
+    """The work of `run`, once nothing speaks against it."""
     deep = bool(args.export or args.curve)
     _measure_now(args, pruner, text=not deep)
     if deep:
-        plan = pruner.plan = plan or pruner.make_plan()
+        plan = pruner.plan = plan or pruner.make_plan(resume_dir=kept)
     if args.export:
         _export(args, pruner)
         return
     if args.curve:
         _measure_curve(args, pruner)
-    pruner.prune(plan=plan)
+    pruner.prune(plan=plan, resume_dir=kept)
     _measure_now(args, pruner, text=not deep)
     pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)
     _print(args, {"output": args.output, **pruner.report.to_dict()}, summary(pruner.report, pruner.plan, args.output))
@@ -132,9 +139,11 @@ def plan(args: Namespace) -> None:
     config = _config(args)
     with _writing(args.output), TemporaryFile(dir=Path(args.output).absolute().parent):
         pass
-    made = _pruner(args, config).make_plan()
-    with _writing(args.output):
-        path = made.save(args.output)
+    pruner = _pruner(args, config)
+    with resumption(args.resume_dir, args.output) as kept:
+        made = pruner.make_plan(resume_dir=kept)
+        with _writing(args.output):
+            path = made.save(args.output)
     text = f"{path}: {made.strategy} removes {removed(made)}"
     _print(args, {"output": str(path), **made.to_dict()}, text)
 
@@ -272,6 +281,7 @@ def _refuse_search_flags(args: Namespace) -> None:
     measured = args.eval_dataset is not None or args.tasks
     used = ("stack", *(_EVALUATION_FIELDS if measured else ()))
     given = [name for name in sorted(given_fields(args)) if name not in used] + (["config"] if args.config else [])
+    given += ["resume_dir"] if args.resume_dir is not None else []
     if args.blocks and given:
         raise ConfigurationError(f"--blocks names the blocks itself; {', '.join(given)} would have no effect.")
     if args.eval_samples is not None and args.eval_dataset is None:

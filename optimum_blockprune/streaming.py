@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from .architectures import layout_for
 from .blocks import BlockStack, find_blocks
 from .errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from .file_weights import DTYPES, FileWeights, Homes, find_homes, tensors_of
+from .offload import hold_while_running
+from .skeleton import load_skeleton
 from .tensors import INDEX_FILE, WEIGHTS_FILE, StoredWeights, read_weights, shard_names
 
 
@@ -84,6 +87,11 @@ def load_streamed(
         CheckpointError: There are no safetensors files, or they are not whole.
         ConfigurationError: An argument that does not go with streaming.
     """
+    if getattr(config, "rescale_every", 0):
+        raise UnsupportedModelError(
+            f"'{config.model_type}' cannot be streamed: with rescale_every={config.rescale_every} its forward divides "
+            "weights in place, which those in the files do not follow. Load the model without stream=True."
+        )
     device = _device(settings)
     folder = _local(path, hub)
     weights = read_weights(folder)
@@ -94,8 +102,11 @@ def load_streamed(
     model = _empty(kind, config, made, remote_code=hub.get("trust_remote_code", False))
     stacks = [find_blocks(model, name) for name in layout_for(model).kind.stacks]
     devices = _device_map(model, stacks, str(device))
-    homes = None if _keeps_wide(model, dtype) else find_homes(model, stacks, weights)
+    if _keeps_wide(model, dtype):
+        _follow_dtypes(model, load_skeleton(kind, folder, config, **made)[0])
+    homes = find_homes(model, stacks, weights)
     if homes is None:
+        _refuse_wide(model, dtype)
         made |= {"trust_remote_code": hub.get("trust_remote_code", False)}
         model, info = _offloaded(folder, kind, devices, made, settings.get("offload_folder"))
     else:
@@ -103,6 +114,9 @@ def load_streamed(
         info = {}
         model.hf_device_map = devices
         _finish(model, folder, dtype)
+    for stack in stacks:
+        for block in model.get_submodule(stack.path):
+            hold_while_running(block)
     stored = {tensor.dtype for tensor in weights.tensors.values()}
     _SOURCES[model] = Streamed(folder, {DTYPES.get(each) for each in stored} <= {dtype})
     return model, info
@@ -190,8 +204,30 @@ def _dtype_of(wanted: Any, config: PretrainedConfig, weights: StoredWeights) -> 
 
 def _keeps_wide(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether transformers keeps some modules of this class in fp32 where half precision is asked for."""
-    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return dtype.itemsize < 4 and any(getattr(model, name, None) for name in names)
+    halves = {
+        "_keep_in_fp32_modules": (torch.float16,),
+        "_keep_in_fp32_modules_strict": (torch.float16, torch.bfloat16),
+    }
+    return any(dtype in dtypes and getattr(model, name, None) for name, dtypes in halves.items())
+
+
+def _follow_dtypes(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+    """Gives every parameter the dtype that it has where transformers loads the model."""
+    wanted = dict(skeleton.named_parameters(remove_duplicate=False))
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name in wanted and parameter.dtype != wanted[name].dtype:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, nn.Parameter(parameter.to(wanted[name].dtype), False))
+    model.tie_weights()
+
+
+def _refuse_wide(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """transformers forgets of tensors on "disk" that they stay in fp32."""
+    if _keeps_wide(model, dtype):
+        raise UnsupportedModelError(
+            f"'{model.config.model_type}' cannot be streamed in {dtype}: some of its modules stay in float32, and "
+            "tensors change while they are loaded. Use stream=True with dtype='float32', or load the model without it."
+        )
 
 
 def _device_map(model: PreTrainedModel, stacks: Sequence[BlockStack], device: str) -> dict[str, str]:
@@ -261,7 +297,10 @@ def _offloaded(
     logger.info(f"Tensors of '{folder}' change while transformers loads them; what becomes of them is in '{place}'.")
     arguments = {**settings, "offload_folder": os.fspath(place), "device_map": devices}
     try:
-        model, info = kind.from_pretrained(folder, **arguments, output_loading_info=True, local_files_only=True)
+        with warnings.catch_warnings():
+            # Tensors that belong to no module below are in the map, too.
+            warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)
+            model, info = kind.from_pretrained(folder, **arguments, output_loading_info=True, local_files_only=True)
     except BaseException:
         if given is None:
             shutil.rmtree(place, ignore_errors=True)

@@ -20,6 +20,7 @@ from .blocks import BlockStack
 from .errors import UnsupportedModelError
 from .inputs import evaluating
 from .narrowing import narrow, units_off
+from .offload import copied, held
 from .plain_units import plain_units
 from .runner import BlockRunner
 from .stand_ins import hidden_of
@@ -102,6 +103,11 @@ def decided(stack: BlockStack, found: Found) -> UnitGroup:
     Raises:
         UnsupportedModelError: None of them is: the units cannot be cut out exactly.
     """
+    with held(stack.blocks[found.blocks[0]]):
+        return _decided(stack, found)
+
+
+def _decided(stack: BlockStack, found: Found) -> UnitGroup:
     group = found.candidates[0]
     subject = f"{stack.layout.subject}: the units of '{group.writer}'"
     if group.units < 2:
@@ -112,8 +118,8 @@ def decided(stack: BlockStack, found: Found) -> UnitGroup:
         raise UnsupportedModelError(f"{subject} are fewer already than its configuration says; prune them in one step")
     if any(parameter.device.type == "meta" for parameter in block.parameters()):
         raise UnsupportedModelError(
-            f"{subject} cannot be tried, since the weights are offloaded. Load the model on one device, or make the "
-            "plan elsewhere and apply it to the files (`optimum-cli blockprune apply`)"
+            f"{subject} cannot be tried, since the model has no weights (they lie on the device 'meta'). Load it with "
+            "its weights, or make the plan elsewhere and apply it to the files (`optimum-cli blockprune apply`)"
         )
     call = _captured_call(stack, found.blocks[0])
     some = tuple(unit for unit in range(group.units) if unit % 3)
@@ -151,7 +157,7 @@ _FAILURES = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError
 def _narrowed_outputs(
     call: Callable[[nn.Module], Any], block: nn.Module, group: UnitGroup, kept: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    trial = copy.deepcopy(block)
+    trial = copied(block)
     narrow(trial, group, kept, len(kept), setattr, own_config=True)
     return _outputs(call, trial, group)
 

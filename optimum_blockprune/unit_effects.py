@@ -16,7 +16,8 @@ from .batches import Batch
 from .channel_sums import magnitudes
 from .measures import fp64_zeros, real_tokens
 from .narrowing import units_off
-from .runner import BlockRunner
+from .offload import held
+from .runner import BlockOutput, BlockRunner
 from .stand_ins import hidden_of
 from .widths import UnitGroup
 
@@ -56,15 +57,21 @@ class UnitEffects:
             before = state
             if block and (state is None or state.block < block - 1):
                 before = self._runner.run_to(batch, block - 1, (), state)
-            state = self._runner.run_to(batch, block, (), before)
-            dense = _rows(state.value, tokens)
-            self._keep(self._sizes, block, dense)
-            for group, unit in _each_unit(self._units[block]):
-                others = [other for other in range(group.units) if other != unit]
-                with units_off(self._runner.stack.blocks[block], [(group, others)]):
-                    changed = self._runner.run_to(batch, block, (), before)
-                self._keep(self._changes, (block, group.writer, unit), _rows(changed.value, tokens) - dense)
+            with held(self._runner.stack.blocks[block]):
+                state = self._try_units(batch, block, before, tokens)
             done(1 + sum(group.units for group in self._units[block]))
+
+    def _try_units(self, batch: Batch, block: int, before: BlockOutput | None, tokens: Tensor) -> BlockOutput:
+        """Runs a block as it is and without each of its units; returns what it gives as it is."""
+        state = self._runner.run_to(batch, block, (), before)
+        dense = _rows(state.value, tokens)
+        self._keep(self._sizes, block, dense)
+        for group, unit in _each_unit(self._units[block]):
+            others = [other for other in range(group.units) if other != unit]
+            with units_off(self._runner.stack.blocks[block], [(group, others)]):
+                changed = self._runner.run_to(batch, block, (), before)
+            self._keep(self._changes, (block, group.writer, unit), _rows(changed.value, tokens) - dense)
+        return state
 
     def clear(self) -> None:
         """Forgets what was summed."""

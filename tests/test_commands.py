@@ -126,6 +126,16 @@ def test_the_other_flags_of_run() -> None:
     assert (args.blocks, args.config, args.verify, args.overwrite) == ((3, 7, 8), "c.json", "off", True)
 
 
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_where_measurements_are_kept(name: str, capsys) -> None:
+    assert parse(*COMMANDS[name]).resume_dir is None
+    assert parse(*COMMANDS[name], "--resume-dir", "there").resume_dir == "there"
+    assert parse(*COMMANDS[name], "--no-resume").resume_dir is False
+    with pytest.raises(SystemExit):
+        parse(*COMMANDS[name], "--no-resume", "--resume-dir", "there")
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_the_other_flags_of_plan_apply_and_evaluate() -> None:
     assert parse(*COMMANDS["plan"]).output == "plan.json"
     args = parse(*COMMANDS["apply"], "--verify", "keys")
@@ -187,7 +197,7 @@ def test_an_interruption_exits_with_1(shell, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         run(*COMMANDS["run"])
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "interrupted; no result was written\n"
 
 
 def test_other_errors_keep_their_traceback(shell) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import random_ids, tiny_model
+from safetensors.torch import load_file, save_file
 from toys import toy_folder
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +20,7 @@ from optimum_blockprune import environment, fingerprints
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.fingerprints import run_fingerprint
+from optimum_blockprune.loading import load_model
 from optimum_blockprune.recipe import Recipe
 
 
@@ -120,6 +122,21 @@ def test_whether_weights_are_offloaded_does_not_matter(tmp_path: Path) -> None:
         )
         assert model.model.layers[3].mlp.up_proj.weight.is_meta == (place == "disk")
         assert fingerprint(model) == fingerprint()
+
+
+def test_a_streamed_model_is_told_by_its_files(tmp_path: Path) -> None:
+    def streamed(folder: Path) -> dict[str, Any]:
+        return fingerprint(load_model(folder, stream=True))
+
+    folder = toy_folder(tmp_path / "model", num_blocks=4)
+    first = streamed(folder)
+    moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)
+    assert streamed(moved) == first
+    assert differences(first, fingerprint()) == {"model.streamed", "model.weights"}
+    weights = load_file(moved / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    assert differences(streamed(moved), first) == {"model.weights"}
 
 
 def test_empty_and_scalar_tensors_have_a_fingerprint() -> None:

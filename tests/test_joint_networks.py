@@ -145,9 +145,9 @@ def filled(states: Tensor) -> BlockUpdates:
     wide = torch.zeros(len(states), 2 * half, states.shape[2]).to(states)
     wide[:, ::2] = states[:, :half]
     for rows, hidden in ((torch.arange(0, 2 * half, 2), wide), (torch.arange(half), states[:, half:])):
-        updates.begin(rows)
+        visit = updates.watch(rows)
         for position, each in enumerate(hidden):
-            updates.visit(position, each.unsqueeze(0))
+            visit(position, each.unsqueeze(0))
     return updates
 
 

@@ -174,9 +174,9 @@ def test_boundary_distance_streams(gap: int) -> None:
     distance = BoundaryDistance({1, gap}, block_influence)
     for windows in (slice(0, 4), slice(4, 6)):
         part = boundaries[:, windows]
-        distance.begin(torch.arange(part.shape[1] * 3))
+        visit = distance.watch(torch.arange(part.shape[1] * 3))
         for position, hidden in enumerate(part):
-            distance.visit(position, hidden)
+            visit(position, hidden)
     flat = boundaries.flatten(1, 2)
     sums = distance.sums(4)
     assert sums["tokens"] == 18
@@ -185,14 +185,30 @@ def test_boundary_distance_streams(gap: int) -> None:
         assert (sums[str(each)] / 18).tolist() == pytest.approx(expected, rel=1e-12)
 
 
+def test_batches_may_take_turns() -> None:
+    boundaries = normal(5, 2, 3, 8)
+    one, other = BoundaryDistance([1, 2], block_influence), BoundaryDistance([1, 2], block_influence)
+    visits = [one.watch(torch.arange(3)) for _ in range(2)]
+    for position in range(5):
+        for window, visit in enumerate(visits):
+            visit(position, boundaries[position, window, None])
+    for window in range(2):
+        visit = other.watch(torch.arange(3))
+        for position in range(5):
+            visit(position, boundaries[position, window, None])
+    found, expected = one.sums(4), other.sums(4)
+    assert one.span == 3
+    assert all(torch.equal(found[name], expected[name]) for name in ("1", "2", "tokens"))
+
+
 def test_boundary_distance_keeps_no_view_of_what_it_saw() -> None:
     distance = BoundaryDistance([1], block_influence)
-    distance.begin(torch.tensor([0, 1]))
+    visit = distance.watch(torch.tensor([0, 1]))
     reused = normal(1, 2, 4)
     second = normal(1, 2, 4, seed=1)
     expected = float(block_influence(reused[0], second[0]).mean())
-    distance.visit(0, reused)
-    distance.visit(1, reused.copy_(second))
+    visit(0, reused)
+    visit(1, reused.copy_(second))
     assert (distance.sums(1)["1"] / 2).tolist() == pytest.approx([expected])
 
 

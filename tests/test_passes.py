@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import block_list, random_ids, tiny_model
+from families import block_list, random_ids
 from torch import Tensor
 from toys import toy_folder
 from transformers import PreTrainedModel

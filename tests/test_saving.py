@@ -190,6 +190,7 @@ def test_failure_leaves_what_was_there(error: BaseException, old: dict[str, str]
         (SafetensorError("I/O error: No space left on device (os error 28)"), "The disk filled up"),
         (SafetensorError("I/O error: File too large (os error 27)"), "The disk filled up"),
         (RuntimeError("write failed: No space left on device"), "The disk filled up"),
+        (Exception("No space left on device (os error 28)"), "The disk filled up"),
         (OSError(errno.EACCES, "Permission denied"), "May not write"),
         (OSError(errno.EPERM, "Operation not permitted"), "May not write"),
         (OSError(errno.EROFS, "Read-only file system"), "May not write"),

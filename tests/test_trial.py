@@ -214,11 +214,10 @@ def test_weights_that_lie_elsewhere() -> None:
         empty = AutoModelForCausalLM.from_config(tiny_config("llama", 2))
     offloaded = tiny_model("llama", 2)
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
-    for model in (empty, offloaded):
-        with pytest.raises(
-            UnsupportedModelError, match="cannot be tried, since the weights are offloaded. Load the mo"
-        ):
-            usable_units(find_blocks(model))
+    with pytest.raises(UnsupportedModelError, match="cannot be tried, since the model has no weights"):
+        usable_units(find_blocks(empty))
+    assert usable_units(find_blocks(offloaded)) == usable_units(find_blocks(tiny_model("llama", 2)))
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
 
 
 def test_what_is_right_for_one_choice_only_is_not_right() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 class TextPositions:
-    """What fakes of the runner say of text: all tokens are real but those under the mask."""
+    """What fakes of the runner say of text: all tokens are real but those under the mask; no block lies elsewhere."""
+
+    stack = SimpleNamespace(blocks=())
 
     def positions(self, batch: Batch) -> torch.Tensor:
         mask = batch.attention_mask

@@ -27,9 +27,10 @@ from ..batches import Batch, CalibrationWindows
 from ..block_parts import PARALLEL, UNKNOWN, BlockParts, find_parts
 from ..errors import ConfigurationError
 from ..measures import content_mask, raise_non_finite
+from ..offload import held
 from ..output_bounds import LOCAL, NONE, PAPER, OutputBounds
+from ..passes import prove, sum_tokens
 from ..plan import PruningPlan
-from ..runner import BlockRunner
 from ..unit_effects import UnitEffects
 from ..widths import UnitGroup, spelled
 from .base import Place, PruningStrategy, SearchContext
@@ -162,7 +163,10 @@ class _Search:
             if options.ranking == "global":
                 bounds.watch_output(place.block)
         self._stream(bounds)
-        scores = {place: bounds.scores(place.block, self._task.group_of(place)) for place in self._bounded}
+        scores: dict[Place, list[float]] = {}
+        for place in self._bounded:
+            with held(runner.stack.blocks[place.block]):
+                scores[place] = bounds.scores(place.block, self._task.group_of(place))
         if options.ranking == "global":
             scores = {place: _comparable(each, bounds, place) for place, each in scores.items()}
         details |= {"tokens": bounds.sums.tokens, "stored_values": bounds.sums.stored_values}
@@ -211,15 +215,12 @@ class _Search:
 
     def _stream(self, bounds: OutputBounds) -> None:
         context, last = self._context, max(place.block for place in self._bounded)
-        sums, visits = bounds.sums, bounds.sums.visits
+        sums = bounds.sums
         with context.progress(self._windows.num_windows, "BIP") as bar:
 
             def measure(size: int) -> dict[str, Tensor]:
                 sums.clear()
-                for _, batch in context.batches(size):
-                    sums.begin(self._mask(batch))
-                    context.runner.observe(batch, visits, stop=last)
-                    bar.update(len(batch.input_ids))
+                sum_tokens(context.runner, context.batches(size), sums, self._mask, stop=last, done=bar.update)
                 return sums.sums()
 
             sums.restore(context.measured("bip", measure))
@@ -235,10 +236,7 @@ class _Search:
 
     def _check_replay(self) -> None:
         """Blocks are run from stored outputs, which must be all that they share."""
-        first = next(iter(self._windows.batches(1)))
-        # A runner of its own: these few tokens do not count as calibration.
-        runner = BlockRunner(self._context.runner.model, self._context.runner.stack.layout.stack)
-        runner.check_replay(first.beginning())
+        prove(self._context.runner, next(iter(self._windows.batches(1))).beginning())
 
 
 def _comparable(scores: list[float], measured: OutputBounds | UnitEffects, place: Place) -> list[float]:

@@ -27,6 +27,7 @@ from ..layer_stream import LayerStream, counted_tokens
 from ..mean_inputs import mean_inputs
 from ..measures import raise_non_finite, real_tokens
 from ..network_scores import CONTRASTS, MapSettings, NetworkScores
+from ..passes import stream
 from ..plan import PruningPlan
 from ..signals import ACT_UP, SIGNALS
 from ..widths import UnitGroup
@@ -296,10 +297,8 @@ def _block_updates(context: SearchContext, size: int) -> tuple[BlockUpdates, int
         raise _too_few(tokens, "the text", "more text")
     updates = BlockUpdates(runner.num_blocks, tokens)
     with context.progress(windows.num_windows, "Functional networks") as bar:
-        for batch, mask in zip(windows.batches(size), chosen, strict=True):
-            updates.begin(real_tokens(mask))
-            runner.stream(batch, updates.visit)
-            bar.update(len(batch.input_ids))
+        numbered = zip(chosen, windows.batches(size), strict=True)
+        stream(runner, numbered, lambda mask, _: updates.watch(real_tokens(mask)), copies=0, done=bar.update)
     return updates, tokens
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..offload import held
 from ..plan import PruningPlan
 from .base import Place, PruningStrategy, SearchContext
 from .ranking import FAMILY_CHOICES, check_choice, kept_units
@@ -56,11 +57,16 @@ class Magnitude(PruningStrategy):
 def _norms(context: SearchContext, place: Place) -> list[float]:
     group, block = context.width.group_of(place), context.runner.stack.blocks[place.block]
     total = torch.zeros(place.units, dtype=torch.float64)
-    for cut in group.tensors:
-        weights = block.get_parameter(cut.name).movedim(cut.axis, 0)
-        squares = weights.float().square().reshape(len(weights), -1).sum(1).double().cpu()
+    with held(block):
+        squares = [_squares(block.get_parameter(cut.name).movedim(cut.axis, 0)) for cut in group.tensors]
+    for cut, each in zip(group.tensors, squares, strict=True):
         start = 0
         for size in cut.parts:
-            total += squares[start : start + place.units * size].view(place.units, size).sum(1)
+            total += each[start : start + place.units * size].view(place.units, size).sum(1)
             start += place.units * size
     return total.sqrt().tolist()
+
+
+def _squares(weights: torch.Tensor) -> torch.Tensor:
+    """Summed squares of each row."""
+    return weights.float().square().reshape(len(weights), -1).sum(1).double().cpu()

@@ -23,6 +23,7 @@ from ..batches import Batch, CalibrationWindows
 from ..errors import CalibrationError, ConfigurationError, nearest
 from ..estimators import GaussianCopula, Histogram, IdentityDecoder, RunEstimator
 from ..measures import content_mask, dpi_violation_rate, raise_non_finite
+from ..passes import Visit, stream
 from ..plan import PruningPlan
 from .base import PruningStrategy, SearchContext
 from .selection import RunScore, Selection, best_disjoint_runs, fast_block_select
@@ -161,14 +162,15 @@ def _measure(context: SearchContext, estimator: RunEstimator) -> dict[str, int]:
     with context.progress(windows.num_windows, "MI-PRUN") as bar:
 
         def measure(size: int) -> dict[str, Tensor]:
-            chunk = _Chunk(context, make(context.options, context.seed))
-            for number, (batch, chosen) in _chunks(context, size):
-                # Offsets come from the first chunk of all, in every process.
-                if number == 0 or context.team.takes(number):
-                    chunk.begin(number, chosen)
-                    runner.stream(batch, chunk.visit)
-                    bar.update(len(batch.input_ids))
-            return chunk.sums()
+            chunks = _Chunks(context, make(context.options, context.seed))
+            # Offsets come from the first chunk of all, in every process.
+            mine = (
+                ((number, chosen), batch)
+                for number, (batch, chosen) in _chunks(context, size)
+                if number == 0 or context.team.takes(number)
+            )
+            stream(runner, mine, lambda key, _: chunks.watch(*key), copies=chunks.share, done=bar.update)
+            return chunks.sums()
 
         found = context.measured("mi_prun", measure)
     tokens = int(found.pop("tokens"))
@@ -226,63 +228,106 @@ class _Sampler:
         return columns[order[: min(after - before, self.share)]].sort().values
 
 
+@dataclass
 class _Chunk:
-    """Hidden states of the chosen tokens of one chunk at every boundary, [T+1, capacity, d], filled batch by batch."""
+    """Hidden states of the chosen tokens of one chunk at every boundary, [T+1, capacity, d], filled batch by batch.
+
+    Attributes:
+        filled: Number of its tokens so far.
+        waiting: Batches of it that are not yet through.
+    """
+
+    states: Tensor | None = None
+    filled: int = 0
+    waiting: int = 0
+
+
+class _Chunks:
+    """The chunks that are being filled: one, or several where batches take turns.
+
+    Attributes:
+        share: States held of a window, in units of all its states at one boundary.
+    """
 
     def __init__(self, context: SearchContext, estimator: RunEstimator) -> None:
         windows = context.require_windows()
         sampler = _Sampler(windows, context.options, seed=context.seed)
         self._capacity = min(sampler.windows_per_chunk, windows.num_windows) * sampler.share
         self._boundaries = context.runner.num_blocks + 1
+        self.share = self._boundaries * sampler.share / windows.seqlen
         self._team, self._estimator = context.team, estimator
-        self._states: Tensor | None = None
         self._coordinates: Tensor | None = None
-        self._positions = torch.empty(0, dtype=torch.long)
-        self._number = self._filled = self._tokens = 0
+        self._open: dict[int, _Chunk] = {}
+        self._spare: list[Tensor] = []
+        self._tokens = self._held = 0
         self._finite = torch.tensor(True)
 
-    def begin(self, number: int, positions: Tensor) -> None:
-        """Starts a batch of chunk `number`; `positions` are flat in its [B * S]."""
-        if number != self._number:
-            self._flush()
-        self._number = number
-        self._filled += len(positions)
-        self._positions = positions
+    def watch(self, number: int, positions: Tensor) -> Visit:
+        """Starts a batch of chunk `number`; chunks come in order.
 
-    def visit(self, position: int, hidden: Tensor) -> None:
-        """Copies the chosen tokens of [B, S, d] into the chunk."""
-        self._positions = self._positions.to(hidden.device)
-        states = hidden.flatten(0, 1).index_select(0, self._positions)
-        if self._states is None:
-            self._coordinates = self._estimator.coordinates(hidden.shape[-1])
-            width = hidden.shape[-1] if self._coordinates is None else len(self._coordinates)
-            self._states = states.new_empty(self._boundaries, self._capacity, width)
+        Args:
+            number: The chunk.
+            positions: Flat in the batch's [B * S].
+
+        Returns:
+            What takes its boundary states; batches may take turns.
+        """
+        self._close(number)
+        chunk = self._open.setdefault(number, _Chunk())
+        place = slice(chunk.filled, chunk.filled + len(positions))
+        chunk.filled, chunk.waiting = place.stop, chunk.waiting + 1
+
+        def visit(position: int, hidden: Tensor) -> None:
+            self._copy(chunk, position, place, hidden.flatten(0, 1).index_select(0, positions.to(hidden.device)))
+            if position == self._boundaries - 1:
+                chunk.waiting -= 1
+                self._close(max(self._open))
+
+        return visit
+
+    def _copy(self, chunk: _Chunk, position: int, place: slice, states: Tensor) -> None:
         # Ranks and bins would hide a NaN; the answer stays on the device until the end.
         self._finite = self._finite.to(states.device) & torch.isfinite(states).all()
+        if chunk.states is None:
+            chunk.states = self._room(states)
         if self._coordinates is not None:
-            self._coordinates = self._coordinates.to(hidden.device)
+            self._coordinates = self._coordinates.to(states.device)
             states = states.index_select(1, self._coordinates)
-        self._states[position, self._filled - len(states) : self._filled].copy_(states)
+        chunk.states[position, place].copy_(states)
+
+    def _room(self, states: Tensor) -> Tensor:
+        """Room for a chunk, that of an earlier one where it is free."""
+        if self._spare:
+            return self._spare.pop()
+        self._coordinates = self._estimator.coordinates(states.shape[-1])
+        width = states.shape[-1] if self._coordinates is None else len(self._coordinates)
+        room = states.new_empty(self._boundaries, self._capacity, width)
+        self._held += room.numel()
+        return room
 
     def sums(self) -> dict[str, Tensor]:
         """The estimator's sums and this process's part of the totals: tokens, broken states, values held."""
-        self._flush()
+        self._close(max(self._open) + 1)
         sums = self._estimator.sums()
         if "offset" in sums and not self._team.is_first:
             sums["offset"] = torch.zeros_like(sums["offset"])
-        held = self._states.numel() if self._team.is_first else 0
+        held = self._held if self._team.is_first else 0
         totals = {"tokens": self._tokens, "broken": int(not self._finite), "held": held}
         return {**sums, **{name: torch.tensor(total) for name, total in totals.items()}}
 
-    def _flush(self) -> None:
-        """Hands what is held to the estimator."""
-        states = self._states[:, : self._filled]
-        if self._filled and self._team.takes(self._number):
-            self._estimator.add(states)
-            self._tokens += self._filled
-        elif self._filled:
-            self._estimator.begin(states)
-        self._filled = 0
+    def _close(self, before: int) -> None:
+        """Hands the chunks before that number to the estimator, in order, up to the first that is not full."""
+        for number in [number for number in sorted(self._open) if number < before]:
+            chunk = self._open[number]
+            if chunk.waiting:
+                return
+            del self._open[number]
+            if chunk.filled and self._team.takes(number):
+                self._estimator.add(chunk.states[:, : chunk.filled])
+                self._tokens += chunk.filled
+            elif chunk.filled:
+                self._estimator.begin(chunk.states[:, : chunk.filled])
+            self._spare.append(chunk.states)
 
 
 def _power_of_two(number: int) -> int:

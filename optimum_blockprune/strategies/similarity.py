@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..batches import Batch
 from ..errors import ConfigurationError, nearest
 from ..measures import (
     BoundaryDistance,
@@ -23,6 +24,7 @@ from ..measures import (
     raise_non_finite,
     real_tokens,
 )
+from ..passes import Visit, stream
 from ..plan import PruningPlan
 from .base import PruningStrategy, SearchContext
 
@@ -120,10 +122,12 @@ def _mean_distances(
 
         def measure(size: int) -> dict[str, Tensor]:
             sums = BoundaryDistance(gaps, distance)
-            for _, batch in context.batches(size):
-                sums.begin(tokens(runner.positions(batch)))
-                runner.stream(batch, sums.visit)
-                bar.update(len(batch.input_ids))
+
+            def watch(_start: int, batch: Batch) -> Visit:
+                return sums.watch(tokens(runner.positions(batch)))
+
+            held = sums.span * (1 / windows.seqlen if tokens is last_tokens else 1)
+            stream(runner, context.batches(size), watch, copies=held, done=bar.update)
             return sums.sums(runner.num_blocks)
 
         found = context.measured("similarity", measure)

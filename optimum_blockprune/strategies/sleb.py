@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +13,10 @@ from optimum.utils import logging
 from torch import Tensor
 
 from ..batches import Batch, CalibrationWindows
-from ..branching import Branches, Measured
+from ..branching import Branches, Measured, head_losses
 from ..errors import ConfigurationError, NonFiniteError, nearest
 from ..losses import perplexity_of, predicted
+from ..passes import branches, in_order_of_blocks
 from ..plan import PruningPlan
 from ..racing import CELL, Tally, cells_of, looks, shared_error
 from .base import PruningStrategy, SearchContext
@@ -184,22 +185,32 @@ class _Search:
         part = self._parts[place[1] - 1]
         sums: Tensor | None = None
         self._branches.cut(size)
-        for start, batch in self.context.batches(size, part):
-            rows = slice(start, start + len(batch.input_ids))
-            if self.context.options.search == "naive":
+        for start, block, losses in self._measured(place[1], self.context.batches(size, part), removed, wanted):
+            cells = cells_of(losses)
+            if sums is None:
+                # On the device of the losses: reading a value after each candidate would stall a GPU.
+                sums = cells.new_zeros(len(wanted), part.num_windows, cells_of(part.input_ids[:1]).shape[1])
+            # One row for each window; naive: one for the whole batch.
+            sums[wanted.index(block), start : start + len(cells), : cells.shape[1]] = cells
+            update()
+        return torch.zeros(len(wanted), part.num_windows, 1).double() if sums is None else sums
+
+    def _measured(
+        self, part: int, batches: Iterable[tuple[int, Batch]], removed: list[int], wanted: Sequence[int | None]
+    ) -> Iterator[tuple[int, int | None, Tensor]]:
+        """The first window of a batch, a candidate and the losses without it."""
+        runner, naive = self.context.runner, self.context.options.search == "naive"
+        if in_order_of_blocks(runner) and not naive:
+            for start, batch, block, reached in branches(runner, batches, removed, wanted):
+                yield start, block, head_losses(runner, batch, reached)
+            return
+        for start, batch in batches:
+            if naive:
                 measured = self._naive(batch, removed, wanted)
             else:
-                measured = self._branches.losses(batch, (place[1], start), removed, wanted)
+                measured = self._branches.losses(batch, (part, start), removed, wanted)
             for block, losses in measured:
-                cells = cells_of(losses)
-                if sums is None:
-                    # On the device of the losses: reading a value after each candidate would stall a GPU.
-                    sums = cells.new_zeros(len(wanted), part.num_windows, cells_of(part.input_ids[:1]).shape[1])
-                if len(cells) < len(batch.input_ids):  # naive: one sum for the whole batch
-                    rows = slice(start, start + 1)
-                sums[wanted.index(block), rows, : cells.shape[1]] = cells
-                update()
-        return torch.zeros(len(wanted), part.num_windows, 1).double() if sums is None else sums
+                yield start, block, losses
 
     def _naive(self, batch: Batch, removed: list[int], wanted: Sequence[int | None]) -> Iterator[Measured]:
         for block in wanted:
