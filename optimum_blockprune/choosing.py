@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,9 @@ def choose(
     stack = find_blocks(model, recipe.stack)
     task, removable, num_remove = _asked_for(recipe, strategy, options, stack)
     windows = _calibrate(stack, recipe, tokenizer, report)
+    if (team := Team.current()).size > 1:
+        for name, described in run_fingerprint(stack, recipe, windows).items():
+            team.check_same(name, json.dumps(described))
     context = SearchContext(
         runner=BlockRunner(model, recipe.stack),
         windows=windows,
@@ -84,7 +88,7 @@ def choose(
         provenance=_provenance(stack.layout, recipe, windows, base_model),
         width=task,
         unit_scores={} if unit_scores is None else unit_scores,
-        team=Team.current(),
+        team=team,
         ledger=None if windows is None or keep is None else _ledger(stack, recipe, windows, keep),
     )
     with report.timed("search"):
@@ -132,6 +136,7 @@ def _record_cost(report: PruningReport, plan: PruningPlan, context: SearchContex
     report.naive_block_forwards = plan.details.get("naive_block_forwards")
     report.tokens = context.windows.num_tokens if context.windows is not None else None
     if context.ledger is not None and context.ledger.reused:
+        report.reused_measurements, report.naive_block_forwards = context.ledger.reused, None  # not comparable
         logger.info(
             f"{context.ledger.reused} measurements were read from '{context.ledger.folder}' and not made again; "
             "seconds, block_forwards and head_forwards count the others only."

@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from .errors import BlockPruningError
+from .errors import BlockPruningError, DistributedError
 from .flags import (
     EVALUATE_HELP,
     MODEL_FLAGS,
@@ -33,22 +33,33 @@ from .flags import (
     groups,
     number_list,
 )
+from .processes import first_says_the_same, run_with_others
+
+
+# Commands whose work the processes of a launcher share; of the others the first process does all.
+_SHARED = ("plan", "run")
 
 
 def run_guarded(command: str, args: Namespace) -> None:
     """Runs the function `command` of `shell` and turns its outcome into an exit code.
 
-    0: done; 2: the request is wrong, one paragraph on stderr says why; 1: interrupted, or a traceback.
+    0: done; 2: the request is wrong, one paragraph on stderr says why; 1: interrupted, another process failed, or a
+    traceback.
     """
-    try:
+
+    def work() -> None:
         from . import shell  # brings torch and transformers
 
         getattr(shell, command)(args)
+
+    try:
+        run_with_others(work, args, shared=command in _SHARED)
     except BlockPruningError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; no result was written\n")
+        if not first_says_the_same(error):
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(1 if isinstance(error, DistributedError) else 2) from error
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"{str(error) or 'interrupted'}; no result was written\n")
         raise SystemExit(1) from None
 
 

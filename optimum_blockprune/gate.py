@@ -35,11 +35,13 @@ from .blocks import find_blocks
 from .caching import cache_error, relative_error
 from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
 from .inputs import probe_batch
+from .loading import load_model
 from .narrowing import width_off
 from .per_layer import as_plain, narrowed_class, refuse_own_widths
 from .plan import PruningPlan
 from .runner import BlockRunner
 from .skeleton import load_skeleton
+from .streaming import source_of
 from .surgery import Journal, apply_plan, block_traits
 from .table import table
 
@@ -182,11 +184,15 @@ def prove_folder(
     if verify == "off":
         return
     plan = plan or (expected.plan if expected is not None else None)
-    device = torch.device("meta") if verify == "keys" else _reload_device(model)
+    streams = verify == "logits" and source_of(model) is not None
+    device = torch.device("meta") if verify == "keys" or streams else _reload_device(model)
     reloaded = reload(folder, model, device, plan=plan, extra=extra)
     _prove_fields(reloaded, model)
     _prove_traits(reloaded, model, None if plan is None else plan.stack)
     if verify == "logits":
+        if streams:  # the keys were proved on empty tensors: streaming looks for those only that it needs
+            place = {"device_map": BlockRunner(model).device, "attn_implementation": _attention_of(model.config)}
+            reloaded = load_model(folder, stream=True, dtype=model.dtype, local_files_only=True, **place)
         _prove_weights(reloaded, model)
         # Other memory, other kernels: its weights, buffers and attributes are the live model's bit for bit by now.
         prove_live(reloaded, expected, typical=_is_half(model))

@@ -27,6 +27,7 @@ from .report import PruningReport
 from .resuming import Resumption, resumption
 from .sequence import apply_in_order
 from .surgery import Journal, check_plan
+from .team import in_step
 
 
 logger = logging.get_logger("optimum.blockprune")
@@ -117,6 +118,7 @@ class BlockPruner(Publishing):
         """
         return load_model(folder, **kwargs)
 
+    @in_step
     def score(self, config: BlockPruningConfig | None = None) -> dict[Any, Any]:
         """Returns the strategy's score of everything it may remove, measured on the dense model.
 
@@ -134,6 +136,7 @@ class BlockPruner(Publishing):
         plan = choose(self.model, recipe, self.tokenizer, PruningReport())
         return {int(block): score for block, score in plan.scores.items()}
 
+    @in_step
     def make_plan(self, config: Configs | None = None, *, resume_dir: ResumeDir = None) -> PruningPlan:
         """Lets the strategy choose; the model stays bit-identical. The plan is returned and kept in `plan`.
 
@@ -191,6 +194,7 @@ class BlockPruner(Publishing):
             self.plan = plan  # a search is not lost with what comes after it
         return plan
 
+    @in_step
     def prune(
         self,
         save_dir: str | Path | None = None,

@@ -27,6 +27,8 @@ from .plan import PruningPlan
 from .records import record, write_records
 from .report import PruningReport
 from .saving import atomic_folder, check_output, restored
+from .streamed_saving import save_model
+from .team import Team, alone, in_step
 
 
 logger = logging.get_logger("optimum.blockprune")
@@ -52,6 +54,7 @@ class Publishing(Measuring):
     _source: str | None
     _loading: dict[str, Any]
 
+    @in_step
     def check_save(
         self,
         save_directory: str | Path,
@@ -69,7 +72,8 @@ class Publishing(Measuring):
         """
         check_mode(verify)
         require_proof(self.model, verify)
-        check_output(save_directory, overwrite=overwrite, needed_bytes=self._bytes_after(plan))
+        if Team.current().is_first:
+            check_output(save_directory, overwrite=overwrite, needed_bytes=self._bytes_after(plan))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
             try:
@@ -77,6 +81,7 @@ class Publishing(Measuring):
             except ValueError as error:
                 raise ConfigurationError(f"model.generation_config cannot be saved; mend it first: {error}") from error
 
+    @in_step
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -109,6 +114,8 @@ class Publishing(Measuring):
         check_mode(verify)
         require_proof(self.model, verify)
         path = Path(save_directory)
+        if not Team.current().is_first:
+            return path
         with self.report.timed("save"), atomic_folder(path, overwrite=overwrite) as folder:
             logger.info(f"Saving to '{path}'")
             self._write_weights(folder, expected, max_shard_size, verify)
@@ -118,6 +125,7 @@ class Publishing(Measuring):
             push_folder(path, repo_id, overwrite=overwrite, **hub)
         return path
 
+    @in_step
     def push_to_hub(
         self,
         repo_id: str,
@@ -131,7 +139,7 @@ class Publishing(Measuring):
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         verify: str = "logits",
-    ) -> CommitInfo:
+    ) -> CommitInfo | None:
         """Saves and proves the pruned model in a temporary folder and uploads that in one commit.
 
         Args:
@@ -146,20 +154,20 @@ class Publishing(Measuring):
             verify: See `prune`.
 
         Returns:
-            The `CommitInfo`, whose `commit_url` is the address of the commit.
+            The `CommitInfo`, whose `commit_url` is the address of the commit; `None` in all processes but the first.
 
         Raises:
             PlanError: Nothing was pruned yet.
-            HubError: The upload failed. The temporary folder then stays; the message names it and the command that
-                resumes.
+            HubError: The upload failed. The temporary folder then stays; the message names it and how to resume.
         """
         check_repo_id(repo_id)
-        self._pruned()
+        if self._pruned() and not Team.current().is_first:
+            return None
         parent = Path(tempfile.mkdtemp(prefix="blockprune-push-"))
         try:
-            folder = self.save_pretrained(
-                parent / repo_id.rpartition("/")[2], max_shard_size=max_shard_size, verify=verify
-            )
+            with alone():
+                place = parent / repo_id.rpartition("/")[2]
+                folder = self.save_pretrained(place, max_shard_size=max_shard_size, verify=verify)
             commit = push_folder(
                 folder,
                 repo_id,
@@ -179,6 +187,7 @@ class Publishing(Measuring):
         shutil.rmtree(parent, ignore_errors=True)
         return commit
 
+    @in_step
     def export(
         self,
         save_dir: str | Path,
@@ -219,6 +228,8 @@ class Publishing(Measuring):
         if every_depth and dataset is None:
             raise ConfigurationError("every_depth=True measures, which needs text: give dataset=...")
         measured = checked_counts(plan, range(max(wanted) + 1) if every_depth else wanted)
+        if not Team.current().is_first:
+            return {count: Path(save_dir) / f"removed-{count}" for count in wanted}
         text = None if dataset is None else self._text(dataset, num_samples, spec)
         entries, exported = [], []
         with atomic_folder(save_dir, overwrite=overwrite) as folder:
@@ -244,7 +255,8 @@ class Publishing(Measuring):
         parts = [plan.truncate(count) for count in wanted]
         for part in parts:
             self.check_save(save_dir, plan=part, overwrite=overwrite, verify=verify)
-        check_output(save_dir, overwrite=overwrite, needed_bytes=sum(map(self._bytes_after, parts)))
+        if Team.current().is_first:
+            check_output(save_dir, overwrite=overwrite, needed_bytes=sum(map(self._bytes_after, parts)))
         return wanted
 
     def _exported(
@@ -272,7 +284,7 @@ class Publishing(Measuring):
     def _write_weights(self, folder: Path, expected: Expectation, max_shard_size: int | str, verify: str) -> None:
         """Fills a folder with the model as it is now and what belongs to it, and proves it."""
         with restored(self.model.config):
-            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            save_model(self.model, expected.plan, folder, max_shard_size)
             for companion in (self.processor, self.tokenizer):
                 if companion is not None:
                     companion.save_pretrained(folder)

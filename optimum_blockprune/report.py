@@ -29,6 +29,8 @@ class PruningReport:
             of width went: `layout`, `units` (`before`, `after`, `removed` by family, summed over blocks), and
             `padding_parameters`, the zeros that layout `"padded"` stores.
         block_forwards: Block executions of the search, per calibration window.
+        reused_measurements: After a resume: measurements that an earlier try had finished; what the search spent on
+            them is not counted here.
         naive_block_forwards: What whole forward passes per candidate would have spent, where the strategy knows.
         head_forwards: Executions of the language-model head, per calibration window.
         tokens: Tokens of the calibration set, padding not counted.
@@ -62,6 +64,7 @@ class PruningReport:
     strategy: str | None = None
     removed_blocks: list[int] = field(default_factory=list)
     block_forwards: int | None = None
+    reused_measurements: int | None = None
     naive_block_forwards: int | None = None
     head_forwards: int | None = None
     tokens: int | None = None
@@ -101,7 +104,7 @@ class PruningReport:
         """Adds what another search cost to what this one did."""
         for phase, seconds in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        for name in ("block_forwards", "naive_block_forwards", "head_forwards", "tokens"):
+        for name in ("block_forwards", "naive_block_forwards", "head_forwards", "reused_measurements", "tokens"):
             values = [value for value in (getattr(self, name), getattr(other, name)) if value is not None]
             setattr(self, name, sum(values) if values else None)
 

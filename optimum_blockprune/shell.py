@@ -38,6 +38,7 @@ from .report import PruningReport
 from .resuming import Resumption, resumption
 from .saving import check_output
 from .shell_text import depth_table, described, listed, narrowed, removed, summary, table
+from .team import Team
 
 
 # Fields that matter to `run --blocks ... --eval-dataset D`, where nothing is searched.
@@ -48,7 +49,7 @@ def run(args: Namespace) -> None:
     """Chooses blocks (or takes those of `--blocks`), prunes, proves and saves."""
     _show_progress()
     _refuse_search_flags(args)
-    check_output(args.output, overwrite=args.overwrite)
+    Team.current().by_first(lambda: check_output(args.output, overwrite=args.overwrite))
     pruner = _pruner(args, _config(args))
     _refuse_depths(args, pruner)
     stack = getattr(args, "stack", None)
@@ -61,16 +62,17 @@ def run(args: Namespace) -> None:
 def _carry_out(args: Namespace, pruner: BlockPruner, plan: PruningPlan | None, kept: Resumption) -> None:
     """The work of `run`, once nothing speaks against it."""
     deep = bool(args.export or args.curve)
-    _measure_now(args, pruner, text=not deep)
+    team = Team.current()
+    team.by_first(lambda: _measure_now(args, pruner, text=not deep))
     if deep:
         plan = pruner.plan = plan or pruner.make_plan(resume_dir=kept)
     if args.export:
         _export(args, pruner)
         return
     if args.curve:
-        _measure_curve(args, pruner)
+        team.by_first(lambda: _measure_curve(args, pruner))
     pruner.prune(plan=plan, resume_dir=kept)
-    _measure_now(args, pruner, text=not deep)
+    team.by_first(lambda: _measure_now(args, pruner, text=not deep))
     pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)
     _print(args, {"output": args.output, **pruner.report.to_dict()}, summary(pruner.report, pruner.plan, args.output))
 
@@ -142,8 +144,12 @@ def plan(args: Namespace) -> None:
     pruner = _pruner(args, config)
     with resumption(args.resume_dir, args.output) as kept:
         made = pruner.make_plan(resume_dir=kept)
-        with _writing(args.output):
-            path = made.save(args.output)
+        Team.current().by_first(lambda: _save_plan(args, made))
+
+
+def _save_plan(args: Namespace, made: PruningPlan) -> None:
+    with _writing(args.output):
+        path = made.save(args.output)
     text = f"{path}: {made.strategy} removes {removed(made)}"
     _print(args, {"output": str(path), **made.to_dict()}, text)
 
@@ -332,7 +338,8 @@ def _continuation(pruner: BlockPruner, prompt: str) -> str:
 
 def _show_progress() -> None:
     """The command line shows what the library only logs; the handler writes to stderr."""
-    logging.set_verbosity_info()
+    if Team.current().is_first:
+        logging.set_verbosity_info()
 
 
 def _print(args: Namespace, result: dict[str, Any], text: str) -> None:

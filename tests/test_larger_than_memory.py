@@ -104,6 +104,40 @@ def test_surgery_in_place(load: Callable[[Path], PreTrainedModel], tmp_path: Pat
     assert torch.equal(plain_logits(model, ids), truth)
 
 
+@pytest.mark.parametrize("verify", ["logits", "keys"])
+@pytest.mark.parametrize("load", [streamed, spread])
+def test_saving(load: Callable[[Path], PreTrainedModel], verify: str, tmp_path: Path) -> None:
+    folder, ids = toy_folder(tmp_path / "dense"), random_ids()
+    truth = plain_logits(silenced(AutoModelForCausalLM.from_pretrained(folder), (1, 4)), ids)
+    pruner = BlockPruner(load(folder), tokenizer=word_tokenizer())
+    plan = PruningPlan.from_blocks(pruner.model, removed=[1, 4])
+    model = pruner.prune(tmp_path / "pruned", plan=plan, verify=verify)
+    assert torch.equal(plain_logits(model, ids), truth)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert torch.equal(plain_logits(saved, ids), truth)
+    assert saved.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+def test_saving_in_another_dtype(tmp_path: Path) -> None:
+    folder, ids = toy_folder(tmp_path / "dense"), random_ids()
+    pruner = BlockPruner(load_model(folder, stream=True, dtype="float64"))
+    model = pruner.prune(tmp_path / "pruned", plan=PruningPlan.from_blocks(pruner.model, removed=[2]))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")
+    assert saved.dtype == torch.float64
+    assert len(list((tmp_path / "pruned").glob("*.safetensors"))) >= NUM_BLOCKS - 1
+    assert torch.equal(plain_logits(saved, ids), plain_logits(model, ids))
+
+
+def test_saving_what_was_pruned_twice(tmp_path: Path) -> None:
+    folder, ids = toy_folder(tmp_path / "dense"), random_ids()
+    pruner = BlockPruner(load_model(folder, stream=True))
+    pruner.prune(plan=PruningPlan.from_blocks(pruner.model, removed=[2]))
+    model = pruner.prune(tmp_path / "pruned", plan=PruningPlan.from_blocks(pruner.model, removed=[0]))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert len(block_list(saved)) == NUM_BLOCKS - 2
+    assert torch.equal(plain_logits(saved, ids), plain_logits(model, ids))
+
+
 @pytest.mark.parametrize("load", LOADS)
 def test_width_is_not_cut_where_it_lies(load: Callable[[Path], PreTrainedModel], tmp_path: Path) -> None:
     folder = toy_folder(tmp_path)

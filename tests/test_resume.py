@@ -168,7 +168,7 @@ def finished(server: Server, words: list[str], seed: int, seconds: float, check:
 # Killed
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "angular"])  # as shortgpt; slow ones below
 def test_a_plan_survives_kills(name: str, server: Server, dense: Path, data: Path, tmp_path: Path) -> None:
     words = ["plan", *flags(dense, data, name), "--output"]
     undisturbed = server.run(*words, tmp_path / "undisturbed.json")
@@ -187,7 +187,7 @@ def test_a_plan_survives_kills(name: str, server: Server, dense: Path, data: Pat
     assert not folder.exists() and {path.name for path in tmp_path.iterdir()} == {"undisturbed.json", "plan.json"}
 
 
-@pytest.mark.parametrize("name", ["sleb", "functional_network"])
+@pytest.mark.parametrize("name", ["sleb", pytest.param("functional_network", marks=pytest.mark.slow)])
 def test_a_run_survives_kills(name: str, server: Server, dense: Path, data: Path, tmp_path: Path) -> None:
     words = ["run", *flags(dense, data, name)]
     undisturbed = server.run(*words, tmp_path / "undisturbed")

@@ -167,7 +167,8 @@ class _Search:
         place = (len(removed) + 1, number)
 
         def measure(size: int) -> dict[str, Tensor]:
-            return {"losses": self._losses(place, removed, wanted, size, update)}
+            losses = self._losses(place, removed, wanted, size, update)
+            return {} if losses is None else {"losses": losses}  # an empty share does not know their shape
 
         found = self.context.measured(f"sleb-{place[0]}-{place[1]}", measure)["losses"]
         whole = Batch(part.input_ids, part.attention_mask, labels=part.labels)
@@ -180,7 +181,7 @@ class _Search:
         wanted: list[int | None],
         size: int,
         update: Callable[[], Any],
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Summed losses [candidates, windows, cells] of a part, 0 for the windows of other processes."""
         part = self._parts[place[1] - 1]
         sums: Tensor | None = None
@@ -193,7 +194,7 @@ class _Search:
             # One row for each window; naive: one for the whole batch.
             sums[wanted.index(block), start : start + len(cells), : cells.shape[1]] = cells
             update()
-        return torch.zeros(len(wanted), part.num_windows, 1).double() if sums is None else sums
+        return sums
 
     def _measured(
         self, part: int, batches: Iterable[tuple[int, Batch]], removed: list[int], wanted: Sequence[int | None]
