@@ -33,6 +33,7 @@ from .flags import (
     groups,
     number_list,
 )
+from .interrupts import terminable
 from .processes import first_says_the_same, run_with_others
 
 
@@ -53,7 +54,8 @@ def run_guarded(command: str, args: Namespace) -> None:
         getattr(shell, command)(args)
 
     try:
-        run_with_others(work, args, shared=command in _SHARED)
+        with terminable():
+            run_with_others(work, args, shared=command in _SHARED)
     except BlockPruningError as error:
         if not first_says_the_same(error):
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
