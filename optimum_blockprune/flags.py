@@ -33,6 +33,10 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "token": {"help": "Token for private repositories; by default the one that `hf auth login` stored."},
     "dtype": {"help": "Data type to load the weights in, such as float32 or bfloat16; by default that of the files."},
     "device_map": {"help": "Where to put the weights: cpu, cuda, auto, ..."},
+    "stream": {
+        "action": "store_true",
+        "help": "Leave the blocks in their safetensors files, read one at a time: for models larger than memory.",
+    },
     "trust_remote_code": {
         "action": "store_true",
         "help": "Run model code that comes with the repository. Read it first.",

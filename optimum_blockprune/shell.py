@@ -160,7 +160,7 @@ def apply(args: Namespace) -> None:
     source, loading = split_gguf(args.model, model_arguments(args))
     if "gguf_file" in loading:
         raise ConfigurationError("apply rewrites safetensors; prune a GGUF file with: run --blocks I,J,...")
-    for name in ("dtype", "device_map", "tokenizer"):
+    for name in ("dtype", "device_map", "stream", "tokenizer"):
         if name in loading or (name == "tokenizer" and args.tokenizer is not None):
             raise ConfigurationError(f"apply copies the files as they are; --{name.replace('_', '-')} has no effect.")
     chosen = PruningPlan.from_file(args.plan)

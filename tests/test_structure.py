@@ -74,7 +74,7 @@ DEFERRED = {
 }
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
 LIGHT = ("__init__", "commands", "errors", "flags", "json_values", "joining", "plan", "plan_rules", "recipe")
-LIGHT += ("processes", "registry", "report", "report_rules", "widths")
+LIGHT += ("interrupts", "processes", "registry", "report", "report_rules", "widths")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
 CHOOSERS = ("choosing", "width_task")
