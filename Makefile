@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 MIN := .venv-min/bin
 MIN_INSTALLED := .venv-min/.installed
 
-.PHONY: venv demo test test-slow test-min style format clean architectures example
+.PHONY: venv demo test test-slow test-min style format clean architectures example bench
 
 venv: $(INSTALLED)
 
@@ -40,6 +40,15 @@ test-min: $(MIN_INSTALLED)
 
 example: venv
 	$(BIN)/python benchmarks/example_card.py
+
+# Every claim at a size that takes minutes; the committed results in benchmarks/results are of larger ones.
+bench: venv
+	mkdir -p .demo/bench
+	$(BIN)/python benchmarks/sleb_search.py --num-blocks 3 --windows 4 --seqlen 256 --output .demo/bench/sleb_search.json
+	$(BIN)/python benchmarks/one_pass.py --windows 8 --repeats 2 --output .demo/bench/one_pass.json
+	$(BIN)/python benchmarks/apply_checkpoint.py --gigabytes 2 --output .demo/bench/apply_checkpoint.json
+	$(BIN)/python benchmarks/streaming.py --width 640 --output .demo/bench/streaming.json
+	$(BIN)/python benchmarks/table.py .demo/bench
 
 architectures: venv
 	$(BIN)/python benchmarks/architectures.py
