@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from optimum.utils import logging
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import BlockPruningError, OutputError, ResumeError
@@ -125,7 +125,8 @@ class Ledger:
         plain = _plain(tensors)
         metadata = {"key": key, "run": self._run, "sha256": _digest_of([self._run, key], plain)}
         try:
-            _write_whole(self._path(key), lambda path: save_file(plain, path, metadata))
+            # Not `save_file`: it goes through a temporary file of its own name, which a killed process would leave.
+            _write_whole(self._path(key), lambda path: path.write_bytes(save(plain, metadata)))
         except (OSError, SafetensorError) as error:
             if not self._complained:
                 logger.warning(

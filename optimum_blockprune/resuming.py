@@ -16,7 +16,7 @@ from typing import Any
 
 from optimum.utils import logging
 
-from .errors import ConfigurationError, OutputError
+from .errors import ConfigurationError, NonFiniteError, OutputError
 from .ledger import MANIFEST, Ledger
 
 
@@ -100,7 +100,7 @@ class Resumption:
 def resumption(
     resume_dir: str | Path | bool | Resumption | None, output: str | Path | None = None
 ) -> Iterator[Resumption]:
-    """Yields where a run keeps its measurements; they go when the body succeeds, and stay when it fails.
+    """Yields where a run keeps its measurements; they go when the body succeeds or met NaN, and stay when it fails.
 
     Args:
         resume_dir: A folder; `False` for none; `None` for the default, a hidden folder beside `output`, or none
@@ -117,6 +117,9 @@ def resumption(
     made = Resumption(_folder(resume_dir, output), named=isinstance(resume_dir, (str, Path)))
     try:
         yield made
+    except NonFiniteError:
+        made.remove()  # what was measured is of no use, and the model has to change
+        raise
     except BaseException:
         made.close()
         raise

@@ -21,6 +21,7 @@ FULL = {
     "removed_blocks": [3, 1],
     "block_forwards": 100,
     "naive_block_forwards": 200,
+    "reused_measurements": 2,
     "head_forwards": 10,
     "tokens": 64,
     "calibration": {"source": "x"},

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CalibrationError
-from ..memory import BatchSize
 from ..plan import PruningPlan
-from ..team import SOLO, Team
 from ..widths import Narrowing, UnitGroup, Width
 
 
@@ -21,7 +19,9 @@ if TYPE_CHECKING:
 
     from ..batches import Batch, CalibrationWindows
     from ..ledger import Ledger
+    from ..memory import BatchSize
     from ..runner import BlockRunner
+    from ..team import Team
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,13 @@ class SearchContext:
     provenance: Mapping[str, Any]
     width: WidthTask | None = None
     unit_scores: dict[Place, list[float]] = field(default_factory=dict)
-    team: Team = SOLO
+    team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
     _size: BatchSize = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        from ..memory import BatchSize  # torch comes with a search, not with the contract of strategies
+
         object.__setattr__(self, "_size", BatchSize(self.batch_size))
 
     def measured(self, key: str, measure: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -265,6 +267,12 @@ class SearchContext:
             seed=self.seed,
             **self.provenance,
         )
+
+
+def _alone() -> Team:
+    from ..team import SOLO  # see above
+
+    return SOLO
 
 
 class PruningStrategy(ABC):
