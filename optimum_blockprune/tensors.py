@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from .copying import append_range
+from .copying import PAGE_BYTES, append_range
 from .cuts import Cut
 from .errors import CheckpointError
 from .weight_files import read_index
@@ -281,21 +281,22 @@ def _write_shard(file: Path, shard: Shard, advance: Callable[[], Any]) -> None:
     tensors = sorted(shard.tensors, key=lambda tensor: (-tensor.element_bits, tensor.start))
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     with file.open("wb") as target, tensors[0].file.open("rb") as source:
-        target.write(_header(tensors, shard.metadata))
+        target.write(_header(tensors, shard.metadata, tensors[0].start))
         for tensor in tensors:
             tensor.copy(source, target, buffer)
             advance()
 
 
-def _header(tensors: list[StoredTensor], metadata: dict[str, str]) -> bytes:
+def _header(tensors: list[StoredTensor], metadata: dict[str, str], like: int) -> bytes:
+    """The header of a file whose tensors begin at the same place within a page as byte `like` (see `copying`)."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.num_bytes
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # The format asks for spaces up to a multiple of 8.
-    text += b" " * (-len(text) % 8)
+    # The format asks for spaces up to a multiple of 8; a cut tensor may come from anywhere.
+    text += b" " * ((like - 8 - len(text)) % PAGE_BYTES if like % 8 == 0 else -len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
