@@ -26,8 +26,9 @@ from .report import REPORT_FILE, PruningReport
 from .saving import atomic_folder, check_output
 from .source import COMPANIONS, TEMPLATES, Source, expectation, locate, open_source, refuse_overlap
 from .surgery import apply_plan
-from .tensors import StoredWeights, difference, read_weights, write_weights
+from .tensors import StoredWeights, difference, read_weights
 from .weight_files import json_object
+from .weight_writing import write_weights
 
 
 _GENERATION_FILE = "generation_config.json"

@@ -16,7 +16,7 @@ from .offload import is_offloaded
 from .plan import PruningPlan
 from .source import open_source
 from .streaming import source_of
-from .tensors import write_weights
+from .weight_writing import write_weights
 
 
 logger = logging.get_logger("optimum.blockprune.streamed_saving")

@@ -2,8 +2,8 @@
 """Safetensors files as byte ranges: read what lies where, rename, cut, copy. No tensor is ever built.
 
 `save_file` of the library takes a whole file's tensors in memory, which is what a checkpoint larger than the memory
-does not allow; so the files are written here. Reading trusts the library: `safe_open` checks the header (offsets,
-sizes, dtypes, length of the file) before a byte range is taken from it.
+does not allow; so `weight_writing` copies byte ranges. Reading trusts the library: `safe_open` checks the header
+(offsets, sizes, dtypes, length of the file) before a byte range is taken from it.
 
 Covers `model.safetensors` and `model.safetensors.index.json` with its shards, the two layouts that transformers loads
 without further arguments. Does not cover variants (`model.fp16.safetensors`) or any other format of weights.
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from .copying import PAGE_BYTES, append_range
+from .copying import append_range
 from .cuts import Cut
 from .errors import CheckpointError
 from .weight_files import read_index
@@ -34,7 +34,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")
 
 # Fits a core's cache: copies through 16 MiB take five times as long.
-_BUFFER_BYTES = 512 * 2**10
+BUFFER_BYTES = 512 * 2**10
 
 
 @dataclass(frozen=True)
@@ -202,39 +202,13 @@ def shard_names(index: Path) -> list[str]:
     return sorted(set(read_index(index)["weight_map"].values()))
 
 
-def write_weights(
-    weights: StoredWeights, folder: Path, *, num_parameters: int, advance: Callable[[], Any] = lambda: None
-) -> None:
-    """Copies the byte ranges of `weights` into new files in `folder`, one file for every shard.
-
-    Args:
-        weights: From `read_weights` and `renamed`.
-        folder: An existing folder.
-        num_parameters: Replaces this number in the index, where the source says one.
-        advance: Called after every tensor.
-    """
-    if weights.index is None:
-        _write_shard(folder / WEIGHTS_FILE, weights.shards[0], advance)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(weights.shards, start=1):
-        file = f"model-{number:05d}-of-{len(weights.shards):05d}.safetensors"
-        _write_shard(folder / file, shard, advance)
-        weight_map.update((tensor.name, file) for tensor in shard.tensors)
-    metadata = {**weights.index, "total_size": weights.num_bytes}
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = num_parameters
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def difference(one: StoredWeights, other: StoredWeights) -> str | None:
     """Compares all tensors byte for byte; returns the name of one that differs or is missing, `None` if all agree."""
     left, right = one.tensors, other.tensors
     unmatched = sorted(left.keys() ^ right.keys())
     if unmatched:
         return unmatched[0]
-    buffers = memoryview(bytearray(_BUFFER_BYTES)), memoryview(bytearray(_BUFFER_BYTES))
+    buffers = memoryview(bytearray(BUFFER_BYTES)), memoryview(bytearray(BUFFER_BYTES))
     return next((name for name in left if not _same(left[name], right[name], buffers)), None)
 
 
@@ -274,30 +248,6 @@ def _read_shard(file: Path) -> Shard:
         shape = tuple(entry["shape"])
         tensors.append(StoredTensor(name, entry["dtype"], shape, file, 8 + size + begin, end - begin))
     return Shard(tuple(sorted(tensors, key=lambda tensor: tensor.start)), metadata)
-
-
-def _write_shard(file: Path, shard: Shard, advance: Callable[[], Any]) -> None:
-    # Wide elements first, as the library does: every tensor then begins at a multiple of its element's size.
-    tensors = sorted(shard.tensors, key=lambda tensor: (-tensor.element_bits, tensor.start))
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    with file.open("wb") as target, tensors[0].file.open("rb") as source:
-        target.write(_header(tensors, shard.metadata, tensors[0].start))
-        for tensor in tensors:
-            tensor.copy(source, target, buffer)
-            advance()
-
-
-def _header(tensors: list[StoredTensor], metadata: dict[str, str], like: int) -> bytes:
-    """The header of a file whose tensors begin at the same place within a page as byte `like` (see `copying`)."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + tensor.num_bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # The format asks for spaces up to a multiple of 8; a cut tensor may come from anywhere.
-    text += b" " * ((like - 8 - len(text)) % PAGE_BYTES if like % 8 == 0 else -len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _check_index(weight_map: dict[str, str], shards: dict[str, Shard], folder: Path) -> None:

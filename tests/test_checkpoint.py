@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_blockprune import BlockPruningConfig, checkpoint, source, tensors
+from optimum_blockprune import BlockPruningConfig, checkpoint, source, tensors, weight_writing
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.checkpoint import apply_to_checkpoint
 from optimum_blockprune.errors import (
@@ -433,7 +433,7 @@ def test_a_failed_gate_leaves_nothing(
     sabotage, verify: str, message: str, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(weights: tensors.StoredWeights, folder: Path, **kwargs) -> None:
-        tensors.write_weights(sabotage(weights, folder), folder, **kwargs)
+        weight_writing.write_weights(sabotage(weights, folder), folder, **kwargs)
 
     monkeypatch.setattr(checkpoint, "write_weights", write)
     refused(VerificationError, message, sharded, verify=verify)
@@ -445,7 +445,7 @@ def test_the_gate_sees_a_byte_that_no_logit_shows(llama: Path, monkeypatch: pyte
     save_file({**stored, "extra": torch.ones(3)}, llama / "model.safetensors", metadata={"format": "pt"})
 
     def write(weights: tensors.StoredWeights, folder: Path, **kwargs) -> None:
-        tensors.write_weights(weights, folder, **kwargs)
+        weight_writing.write_weights(weights, folder, **kwargs)
         written = load_file(folder / "model.safetensors")
         save_file({**written, "extra": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -458,7 +458,7 @@ def test_an_extra_tensor_must_have_been_in_the_source(llama: Path, monkeypatch: 
     save_file({**stored, "extra": torch.ones(3)}, llama / "model.safetensors", metadata={"format": "pt"})
 
     def write(weights: tensors.StoredWeights, folder: Path, **kwargs) -> None:
-        tensors.write_weights(weights.renamed(lambda name: name.replace("extra", "other")), folder, **kwargs)
+        weight_writing.write_weights(weights.renamed(lambda name: name.replace("extra", "other")), folder, **kwargs)
 
     monkeypatch.setattr(checkpoint, "write_weights", write)
     refused(VerificationError, "unexpected keys on loading: .'other'", llama)
@@ -467,7 +467,7 @@ def test_an_extra_tensor_must_have_been_in_the_source(llama: Path, monkeypatch: 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interruption_leaves_nothing(error, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(weights: tensors.StoredWeights, folder: Path, **kwargs) -> None:
-        tensors.write_weights(weights, folder, **kwargs)
+        weight_writing.write_weights(weights, folder, **kwargs)
         raise error
 
     monkeypatch.setattr(checkpoint, "write_weights", write)
@@ -476,7 +476,7 @@ def test_an_interruption_leaves_nothing(error, llama: Path, monkeypatch: pytest.
 
 def test_verify_off_proves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(weights: tensors.StoredWeights, folder: Path, **kwargs) -> None:
-        tensors.write_weights(swap_blocks(weights, folder), folder, **kwargs)
+        weight_writing.write_weights(swap_blocks(weights, folder), folder, **kwargs)
 
     monkeypatch.setattr(checkpoint, "write_weights", write)
     apply_to_checkpoint(plan_of(), llama, tmp_path / "pruned", verify="off")

@@ -47,7 +47,7 @@ PHASES = {
 }
 APPLY_PHASES = {
     "reading": ("optimum_blockprune.checkpoint.open_source", 1),
-    "copying": ("optimum_blockprune.tensors._write_shard", 1),
+    "copying": ("optimum_blockprune.weight_writing._write_shard", 1),
     "proof": ("optimum_blockprune.checkpoint.prove_folder", 1),
     "renaming": ("optimum_blockprune.saving._move_into_place", 1),
 }

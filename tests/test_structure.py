@@ -26,6 +26,7 @@ LAYERS = (
     + ("copying", "interrupts", "ledger", "memory", "offload", "team"),
     ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors")
     + ("processes", "resuming"),
+    ("weight_writing",),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
     + ("picture_quality", "picture_search"),
     ("architectures", "measures", "page_quality", "pictures", "reproduce"),

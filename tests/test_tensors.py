@@ -23,8 +23,8 @@ from optimum_blockprune.tensors import (
     difference,
     read_weights,
     shard_names,
-    write_weights,
 )
+from optimum_blockprune.weight_writing import write_weights
 
 
 STORED = {
@@ -200,7 +200,7 @@ def written_cut(stored: dict[str, torch.Tensor], cuts: dict[str, Cut], folder: P
 def test_cut_copies_equal_index_select(
     dtype: torch.dtype, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "_BUFFER_BYTES", buffer)
+    monkeypatch.setattr(tensors, "BUFFER_BYTES", buffer)
     stored, cuts = {"whole": values((4, 3), dtype)}, {}
     for kind, shape in CUT_SHAPES.items():
         for axis, size in enumerate(shape):
@@ -255,7 +255,7 @@ def test_a_cut_survives_another_renaming(single: Path) -> None:
 def test_difference_finds_a_byte_of_a_cut_tensor(
     position: int, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "_BUFFER_BYTES", buffer)
+    monkeypatch.setattr(tensors, "BUFFER_BYTES", buffer)
     weights, result = written_cut(
         {"x": values((6, 9), torch.int8)}, {"x": Cut(1, (8, 0, 3, ZEROS, 4, 5, 6))}, tmp_path
     )
