@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, tiny = Path(place) / "model", Path(place) / "tiny"
         size = _checkpoint(folder, args.width, args.blocks)
-        _checkpoint(tiny, 64, args.blocks)
+        _checkpoint(tiny, 256, args.blocks)
         rows = dict(_rows(folder, args))
     report = {
         "claim": "streamed, a model is measured in the memory of one block, its embeddings and the hidden states",
