@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from argparse import ArgumentParser
 from dataclasses import fields
 from importlib import import_module
@@ -144,6 +146,17 @@ def test_quoted_figures_are_those_of_the_benchmark() -> None:
         figures = (f"{row['block_forwards']:,}", f"{row['head_forwards']:,}", f"{row['seconds']:.1f}")
         assert all(figure in page for figure in (*figures, f"{row['seconds_ratio']:.3f}"))
         assert row["same_blocks"] and row["removed"] == result["naive"]["removed"]
+
+
+def test_the_table_of_claims_is_that_of_the_benchmarks() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "table.py"], capture_output=True, text=True, check=True
+    )
+    quoted = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = done.stdout.splitlines()
+    assert len(rows) >= 12
+    # The machine is said once.
+    assert {row.split("; AMD")[0].rstrip() for row in rows} <= {line.rstrip() for line in quoted}
 
 
 def test_quoted_figures_of_width_are_those_of_the_benchmark() -> None:
