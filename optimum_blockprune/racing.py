@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -32,6 +32,8 @@ CELL = 16
 WIDER_FROM, ENOUGH_WINDOWS = 3, 16
 # The first look comes after this share of the windows, each further one after a quarter more.
 _FIRST_SHARE = 16
+# Terms of the continued fraction: far more than it needs for a thousand degrees of freedom.
+_TERMS = 400
 
 
 class Tally:
@@ -133,10 +135,16 @@ def shared_error(confidence: float, candidates: int, number_of_looks: int) -> fl
     return (1 - confidence) / max(1, (candidates - 1) * number_of_looks)
 
 
+@cache
 def student_t_quantile(upper: float, freedom: int) -> float:
-    """The value that Student's t exceeds with probability `upper`, for `freedom` degrees of freedom."""
-    # By the lower tail, where a tiny probability is a number of its own.
-    return -float(stdtrit(freedom, upper))
+    """The value that Student's t exceeds with probability `upper` (below 0.5), for `freedom` degrees of freedom."""
+    low, high = 0.0, 1.0
+    while _exceeds(high, freedom) > upper:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _exceeds(middle, freedom) > upper else (low, middle)
+    return high
 
 
 def _deviation(differences: Tensor, counts: Tensor) -> float:
@@ -152,3 +160,30 @@ def _deviation(differences: Tensor, counts: Tensor) -> float:
         return 0.0
     residuals = differences - differences.sum() / total * counts
     return (residuals.square().sum() * number / (number - 1)).sqrt().item() / total.item()
+
+
+def _exceeds(value: float, freedom: int) -> float:
+    """P(T > value) for a value of at least 0: half of the regularised incomplete beta function (DLMF 8.17)."""
+    half, x = freedom / 2, freedom / (freedom + value * value)
+    if x < (half + 1) / (half + 2.5):
+        return _beta(half, 0.5, x) / 2
+    return (1 - _beta(0.5, half, 1 - x)) / 2
+
+
+def _beta(a: float, b: float, x: float) -> float:
+    """I_x(a, b) by its continued fraction (DLMF 8.17.22), from the last term back."""
+    if x <= 0:
+        return 0.0
+    value = 1.0
+    for term in reversed(_coefficients(a, b, x)):
+        value = 1 + term / value
+    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    return math.exp(scale + a * math.log(x) + b * math.log1p(-x)) / (a * value)
+
+
+def _coefficients(a: float, b: float, x: float) -> Sequence[float]:
+    terms = []
+    for m in range(_TERMS):
+        terms.append(-(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)))
+        terms.append((m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2)))
+    return terms
