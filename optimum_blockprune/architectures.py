@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from .constraints import Situation, protected, raise_if_broken, uncached, uncopied, whole_attention
 from .errors import PlanError, UnsupportedModelError
+from .half import ATTENTION, MLP
 from .kinds import DECODER, ENCODER, STACKS, Kind, kind_of
 from .plan import PruningPlan
 from .rules import RULES, Following, exceptions_written_out, is_set
@@ -126,13 +127,15 @@ class Layout:
         Raises:
             UnsupportedModelError: A field cannot follow the plan; the message names it and what is allowed.
         """
-        raise_if_broken(self._situation(), plan.kept_blocks, self.subject)
+        sources = {ATTENTION: plan.kept_blocks, MLP: tuple(source.mlp for source in plan.blocks)}
+        for kept in dict.fromkeys(sources.values()):
+            raise_if_broken(self._situation(), kept, self.subject)
         stored = self._stored()
         new: dict[str, Any] = {}
         for rule in table().fields.values():
             value = stored.get(rule.name)
             if is_set(value) and self._applies(rule):
-                field = self._following(rule, value, plan.kept_blocks)
+                field = self._following(rule, value, sources[rule.half])
                 new[rule.name] = RULES[rule.rule](field)
                 if rule.list_field is not None and new[rule.name] != value:
                     new[rule.list_field] = exceptions_written_out(field)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .errors import UnsupportedModelError
+from .half import Removal, Unit, blocks_off, first_block, units_of
 from .inputs import vocabulary_of
 from .losses import Head, prediction_losses
 from .passes import prove
@@ -23,8 +24,8 @@ from .stand_ins import map_tensors
 # Our choice: what the hidden states that stay valid between two steps may take.
 _HELD_BYTES = 2**28
 
-# A block (None: the model as it is) and the losses of its predictions, [windows, S] or [1, 1].
-Measured = tuple[int | None, Tensor]
+# What goes (None: nothing) and the losses of the predictions without it, [windows, S] or [1, 1].
+Measured = tuple[Removal | None, Tensor]
 
 
 class Branches:
@@ -57,9 +58,10 @@ class Branches:
                 f"whole windows ({whole:.4f}). Use search='naive', which does not take them apart."
             )
 
-    def begin(self, removed: Sequence[int]) -> None:
+    def begin(self, removed: Sequence[Removal]) -> None:
         """Begins a step: forgets what the last removal made wrong."""
-        self._held.begin(removed)
+        if removed:
+            self._held.forget(first_block(removed[-1]))
 
     def cut(self, size: int) -> None:
         """Says how many windows a batch has from here on; states of other batches are of no use."""
@@ -67,14 +69,14 @@ class Branches:
             self._held, self._size = _Held(), size
 
     def losses(
-        self, batch: Batch, place: tuple[int, int], removed: Sequence[int], wanted: Collection[int | None]
+        self, batch: Batch, place: tuple[int, int], off: Sequence[Unit], wanted: Collection[Removal | None]
     ) -> Iterator[Measured]:
         """Walks the trunk once; at every candidate, branches off past it to the end.
 
         Args:
             batch: Some windows.
             place: Which ones: what is held for a batch is found by this.
-            removed: Blocks that are gone.
+            off: What is gone.
             wanted: Candidates; `None` is the model as it is.
 
         Yields:
@@ -83,18 +85,20 @@ class Branches:
         self._held.turn_to(place)
         state: BlockOutput | None = None
         before: int | None = None
+        gone = blocks_off(off)
         for block in range(self.runner.num_blocks):
-            if block in removed:
+            if block in gone:
                 continue
-            if block in wanted:
-                state = self._trunk(batch, before, removed, state)
-                yield block, self._rest(batch, [*removed, block], state)
+            for removal in wanted:
+                if removal is not None and first_block(removal) == block:
+                    state = self._trunk(batch, before, off, state)
+                    yield removal, self._rest(batch, [*off, *units_of(removal)], state)
             before = block
         if None in wanted:
-            yield None, self._rest(batch, removed, state)
+            yield None, self._rest(batch, off, state)
 
     def _trunk(
-        self, batch: Batch, stop: int | None, removed: Sequence[int], state: BlockOutput | None
+        self, batch: Batch, stop: int | None, off: Sequence[Unit], state: BlockOutput | None
     ) -> BlockOutput | None:
         """The output of block `stop` (`None`: the embeddings), from the last state that is known before it."""
         if stop is None:
@@ -102,15 +106,13 @@ class Branches:
         start = self._held.last(stop, state)
         if start is not None and start.block == stop:
             return start
-        reached = self.runner.run_to(batch, stop, removed, start)
+        reached = self.runner.run_to(batch, stop, off, start)
         self._held.keep(reached)
         return reached
 
-    def _rest(self, batch: Batch, off: Sequence[int], state: BlockOutput | None) -> Tensor:
+    def _rest(self, batch: Batch, off: Sequence[Unit], state: BlockOutput | None) -> Tensor:
         """The losses of the model without `off`, from the stored state on."""
-        last = max((block for block in range(self.runner.num_blocks) if block not in off), default=None)
-        if last is None:
-            raise UnsupportedModelError("A run needs at least one block that is not switched off.")
+        last = self.runner.last_block(off)
         reached = state if state is not None and state.block >= last else self.runner.run_to(batch, last, off, state)
         return head_losses(self.runner, batch, reached)
 
@@ -140,9 +142,10 @@ class _Held:
         self._here: dict[int, BlockOutput] = {}
         self._bytes = 0
 
-    def begin(self, removed: Sequence[int]) -> None:
+    def forget(self, first: int) -> None:
+        """Forgets the outputs of block `first` and of all behind it."""
         for states in self._batches.values():
-            for block in [block for block in states if removed and block >= removed[-1]]:
+            for block in [block for block in states if block >= first]:
                 self._bytes -= _bytes_of(states.pop(block))
 
     def turn_to(self, place: tuple[int, int]) -> None:

@@ -105,8 +105,9 @@ def _lead(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
 
 def _removed(plan: PruningPlan) -> str:
     """What is missing, in words that follow "with"."""
-    parts = [f"{len(plan.removed_blocks)} of its {plan.num_blocks} transformer blocks"]
-    if plan.width and not plan.removed_blocks:
+    worth = " (as half-blocks)" if plan.removed_halves else ""
+    parts = [f"{plan.num_removed} of its {plan.num_blocks} transformer blocks{worth}"]
+    if plan.width and not plan.num_removed:
         parts = []
     for family, counts in plan.width.totals().items():
         share = 1 - counts["after"] / counts["before"]
@@ -144,7 +145,7 @@ def _loading(plan: PruningPlan, report: PruningReport) -> str:
 def _removal(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
     yield (
         "A language model is a stack of blocks that text passes one after the other. "
-        + (_order(plan) if plan.removed_blocks or not plan.width else "All blocks stay; each has become narrower.")
+        + (_order(plan) if plan.num_removed or not plan.width else "All blocks stay; each has become narrower.")
     )
     if plan.width:
         kinds = " A KV group is a key-value head with its query heads." if "attention" in plan.width.totals() else ""
@@ -159,7 +160,12 @@ def _removal(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
 
 def _order(plan: PruningPlan) -> str:
     of = " of the encoder" if plan.stack == "encoder" else ""
-    order = ", ".join(map(str, plan.removed_blocks)) or "none"
+    order = ", ".join(plan.removed_names) or "none"
+    if plan.removed_halves:
+        return (
+            f"A block has two halves, attention and MLP. Removed half-blocks{of}, in order: {order} (numbered as in "
+            "the dense model, from 0); what is left alternates, so that two halves make up an ordinary block again."
+        )
     return f"Removed blocks{of}, in order: {order} (numbered as in the dense model, from 0)."
 
 
@@ -190,7 +196,7 @@ def _blocks(report: PruningReport) -> str | None:
         "loss after removal": lambda block: after.get(block, {}).get("loss"),
         "perplexity after removal": lambda block: after.get(block, {}).get("perplexity"),
     }
-    gone = report.removed_blocks
+    gone = report.removed_units
     known = {title: value for title, value in columns.items() if any(value(block) is not None for block in gone)}
     if not known:
         return None

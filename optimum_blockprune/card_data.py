@@ -73,7 +73,7 @@ def calibrations(plan: PruningPlan, report: PruningReport) -> list[Mapping[str, 
 
 
 def _kinds(plan: PruningPlan) -> list[str]:
-    depth = ["block-pruning", "depth-pruning"] if plan.removed_blocks or not plan.width else []
+    depth = ["block-pruning", "depth-pruning"] if plan.num_removed or not plan.width else []
     return depth + (["structured-pruning", "width-pruning"] if plan.width else [])
 
 

@@ -170,7 +170,7 @@ def depths(report: PruningReport) -> str | None:
     if not report.depths:
         return None
     columns = {name: each for name, each in _DEPTH_COLUMNS.items() if any(name in row for row in report.depths)}
-    rows = [_depth_row(each, columns, len(report.removed_blocks)) for each in report.depths]
+    rows = [_depth_row(each, columns, len(report.removed_units)) for each in report.depths]
     measured = next((each for each in report.depths if "perplexity" in each), None)
     text = f", measured on {_text(measured)}: {figure(measured.get('tokens'))} tokens scored" if measured else ""
     intro = f"The same search at other depths{text}. The row of this model is bold."
@@ -185,7 +185,7 @@ def _depth_row(entry: Mapping[str, Any], columns: Mapping[str, Any], here: int) 
 def missing(report: PruningReport) -> list[str]:
     """What was not measured of the pruned model, in words."""
     mine = [each for each in report.evaluations if each.get("label") == "pruned"]
-    here = [each for each in report.depths if each.get("removed") == len(report.removed_blocks)]
+    here = [each for each in report.depths if each.get("removed") == len(report.removed_units)]
     measured = {
         "perplexity": any("perplexity" in each for each in (*mine, *here)),
         "KL divergence from the dense model": any(each.get("kl") is not None for each in mine),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from optimum.utils import logging
@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import Layout
+from .asked import asked_for
 from .batches import CalibrationWindows
 from .blocks import BlockStack, find_blocks
 from .calibration import WindowSpec, build_windows
 from .environment import versions
-from .errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
+from .errors import CalibrationError, PlanError
 from .fingerprints import run_fingerprint
+from .half import halves_of
 from .inputs import positions_of, vocabulary_of
 from .ledger import Ledger
 from .per_layer import refuse_own_widths
@@ -26,14 +28,12 @@ from .recipe import Recipe
 from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
-from .strategies.base import Place, PruningStrategy, SearchContext, WidthTask
+from .strategies.base import BLOCK, HALF_BLOCK, Place, SearchContext, WidthTask
 from .surgery import check_plan
 from .tasks import fitted, row_inputs
 from .team import Team
-from .template import make_template
 from .text import HUB_DATASETS
-from .width_task import width_task
-from .widths import Narrowing, Width
+from .widths import Width
 
 
 logger = logging.get_logger("optimum.blockprune.choosing")
@@ -71,13 +71,16 @@ def choose(
     strategy = get_strategy(recipe.strategy)()
     options = build_options(type(strategy), recipe.strategy_options or {})
     stack = find_blocks(model, recipe.stack)
-    task, removable, num_remove = _asked_for(recipe, strategy, options, stack)
+    task, removable, num_remove = asked_for(recipe, strategy, options, stack)
+    runner = BlockRunner(model, recipe.stack)
+    if recipe.unit == HALF_BLOCK:
+        runner.halves.names()  # refuses a model without halves before any text is read
     windows = _calibrate(stack, recipe, tokenizer, report)
     if (team := Team.current()).size > 1:
         for name, described in run_fingerprint(stack, recipe, windows).items():
             team.check_same(name, json.dumps(described))
     context = SearchContext(
-        runner=BlockRunner(model, recipe.stack),
+        runner=runner,
         windows=windows,
         options=options,
         num_remove=num_remove,
@@ -88,6 +91,7 @@ def choose(
         provenance=_provenance(stack.layout, recipe, windows, base_model),
         width=task,
         unit_scores={} if unit_scores is None else unit_scores,
+        unit=recipe.unit or BLOCK,
         team=team,
         ledger=None if windows is None or keep is None else _ledger(stack, recipe, windows, keep),
     )
@@ -97,32 +101,6 @@ def choose(
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
-
-
-def _asked_for(
-    recipe: Recipe, strategy: PruningStrategy, options: Any, stack: BlockStack
-) -> tuple[WidthTask | None, tuple[int, ...], int]:
-    """The task of a strategy of width; else the blocks that may go, and how many have to. Tried on the model."""
-    if strategy.unit_of(options) == "width":
-        task = width_task(stack, recipe, type(strategy), options)
-        check_plan(stack.model, _any_width(stack.layout, task))
-        return task, (), 0
-    _refuse_width_fields(recipe)
-    removable = _removable(recipe, strategy, stack)
-    num_remove = _budget(recipe, stack, removable)
-    # Whatever the choice will be, as many blocks must be able to go.
-    check_plan(stack.model, _any_choice(stack.layout, removable, num_remove))
-    return None, removable, num_remove
-
-
-def _refuse_width_fields(recipe: Recipe) -> None:
-    """A field that would be ignored is an error."""
-    given = [name for name in ("layout", "align") if getattr(recipe, name) != getattr(Recipe, name)]
-    if given:
-        raise ConfigurationError(
-            f"{' and '.join(given)} only count for strategies that remove channels and heads; '{recipe.strategy}' "
-            "removes blocks. Leave them out."
-        )
 
 
 def _ledger(stack: BlockStack, recipe: Recipe, windows: CalibrationWindows, keep: Keep) -> Ledger | None:
@@ -157,27 +135,6 @@ def _provenance(
     }
 
 
-def _any_choice(layout: Layout, removable: tuple[int, ...], count: int) -> PruningPlan:
-    chosen = removable[len(removable) - count :]
-    return PruningPlan.from_removed(layout.model_type, layout.num_blocks, chosen, stack=layout.stack)
-
-
-def _any_width(layout: Layout, task: WidthTask) -> PruningPlan:
-    """A plan of the widths that are asked for, to be tried before the search."""
-    narrowed = tuple(Narrowing(place.block, place.group, tuple(range(place.keep))) for place in task.places)
-    width = Width(task.layout, task.groups, narrowed)
-    if task.layout == "padded":
-        room = tuple(task.room(group, width.width_of(group)) for group in range(len(task.groups)))
-        width = Width(task.layout, task.groups, narrowed, room)
-    return PruningPlan.from_removed(layout.model_type, layout.num_blocks, (), width=width, stack=layout.stack)
-
-
-def removes(recipe: Recipe) -> str:
-    """What the recipe's strategy removes: `"block"` or `"width"`."""
-    strategy = get_strategy(recipe.strategy)
-    return strategy.unit_of(build_options(strategy, recipe.strategy_options or {}))
-
-
 def score_units(
     model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[int, dict[str, list[float]]]:
@@ -188,24 +145,6 @@ def score_units(
     for place, each in scores.items():
         found.setdefault(place.block, {})[plan.width.groups[place.group].writer] = each
     return found
-
-
-def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Number of blocks that the recipe's budget takes from this model.
-
-    Raises:
-        ConfigurationError: The budget cannot be met, given the protections.
-    """
-    if removes(recipe) == "width":
-        return 0
-    stack = find_blocks(model, recipe.stack)
-    return _budget(recipe, stack, _removable(recipe, get_strategy(recipe.strategy)(), stack))
-
-
-def _budget(recipe: Recipe, stack: BlockStack, removable: tuple[int, ...]) -> int:
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks]
-    total = sum(parameter.numel() for parameter in stack.model.parameters())
-    return recipe.budget_blocks(len(stack), removable, block_params=sizes, total_params=total)
 
 
 def window_spec(recipe: Recipe, /, **changes: Any) -> WindowSpec:
@@ -289,35 +228,6 @@ def _calibrate(
         return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss, seed=recipe.seed)
 
 
-def _removable(recipe: Recipe, strategy: PruningStrategy, stack: BlockStack) -> tuple[int, ...]:
-    """Blocks that are not protected; refuses architectures that cannot lose each of them, before the search."""
-    first = strategy.protect_first if recipe.protect_first is None else recipe.protect_first
-    last = strategy.protect_last if recipe.protect_last is None else recipe.protect_last
-    layout = stack.layout
-    candidates = range(first, len(stack) - last)
-    staying = layout.protected(candidates)
-    if not layout.proven:
-        staying |= _fixed_by_position(stack, [block for block in candidates if block not in staying])
-    removable = tuple(block for block in candidates if block not in staying)
-    for block, reason in sorted(staying.items()):
-        logger.info(f"Block {block} stays: {reason}.")
-    return removable
-
-
-def _fixed_by_position(stack: BlockStack, candidates: Sequence[int]) -> dict[int, str]:
-    """Tries each block of a type that the table does not know: some cannot go because of what the others then are."""
-    layout, found = stack.layout, {}
-    for block in candidates if len(stack) > 1 else ():
-        plan = PruningPlan.from_removed(layout.model_type, layout.num_blocks, [block], stack=layout.stack)
-        try:
-            make_template(stack, plan)
-        except UnsupportedModelError as error:
-            found[block] = str(error).rstrip(".")
-    if found and len(found) == len(candidates):
-        raise UnsupportedModelError(next(iter(found.values())) + ".")
-    return found
-
-
 def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> None:
     """A third party's strategy may err."""
     if not isinstance(plan, PruningPlan):
@@ -325,8 +235,8 @@ def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> N
     if context.width is not None:
         _check_widths(plan.width, context.width, strategy)
         return
-    chosen = set(plan.removed_blocks)
-    if plan.width or len(chosen) != context.num_remove or not chosen <= set(context.removable):
+    chosen = {half.block for half in halves_of(plan.removed_units)}
+    if plan.width or plan.num_removed != context.num_remove or not chosen <= set(context.removable):
         raise PlanError(
             f"Strategy '{strategy}' chose {sorted(chosen)}; it was asked for {context.num_remove} of "
             f"{list(context.removable)}."

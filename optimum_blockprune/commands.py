@@ -32,6 +32,7 @@ from .flags import (
     flag_of,
     groups,
     number_list,
+    unit_list,
 )
 from .interrupts import terminable
 from .processes import first_says_the_same, run_with_others
@@ -84,9 +85,10 @@ class RunCommand(ShellCommand):
         add_output(required)
         add_budgets(optional).add_argument(
             "--blocks",
-            type=number_list,
+            type=unit_list,
             metavar="I,J,...",
-            help="Remove exactly these blocks, counted from 0, without data and without a search.",
+            help="Remove exactly these blocks, counted from 0, without data and without a search; 4.mlp,5.attention "
+            "are halves of blocks, and what is left must make up blocks.",
         )
         add_recipe(optional)
         add_resuming(optional)

@@ -62,6 +62,7 @@ class BlockPruningConfig(BaseConfig):
         *,
         num_blocks: int | None = Recipe.num_blocks,
         target_params: int | None = Recipe.target_params,
+        unit: str | None = Recipe.unit,
         stack: str | None = Recipe.stack,
         dataset: Any = Recipe.dataset,
         dataset_text_field: str | None = Recipe.dataset_text_field,
@@ -146,18 +147,20 @@ class BlockPruningConfig(BaseConfig):
         Raises:
             ConfigurationError: The plan removes nothing, or its strategy is not installed.
         """
-        if not plan.removed_blocks and not plan.width:
+        if not plan.num_removed and not plan.width:
             raise ConfigurationError("A plan that removes nothing has no configuration: every budget removes a block.")
         stack = None if plan.stack == "decoder" else plan.stack
         if plan.strategy == "manual":
-            blocks = ",".join(map(str, plan.removed_blocks))
-            return cls("manual", num_blocks=len(plan.removed_blocks), stack=stack, strategy_options={"blocks": blocks})
+            blocks = ",".join(plan.removed_names)
+            return cls("manual", num_blocks=plan.num_removed, stack=stack, strategy_options={"blocks": blocks})
         options = dict(plan.options) or None
         width = {"layout": plan.width.layout, "align": plan.details.get("align", 1)} if plan.width else {}
         no_budget = set(plan.requested) - set(BUDGET_FIELDS)
         if no_budget:
             raise ConfigurationError(f"The plan was asked for by {min(no_budget)!r}, which is no budget.")
-        return cls(plan.strategy, **plan.requested, stack=stack, strategy_options=options, seed=plan.seed, **width)
+        unit = {"unit": "half_block"} if plan.removed_halves else {}
+        fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit}
+        return cls(plan.strategy, **plan.requested, **fields)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ def pruned_to(model: PreTrainedModel, plan: PruningPlan) -> Iterator[Expectation
     Yields:
         What the pruned model is held to; `None` for a plan that removes nothing, which leaves the model alone.
     """
-    if not plan.removed_blocks:
+    if not plan.num_removed:
         yield None
         return
     expected = expect(model, plan)

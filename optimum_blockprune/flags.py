@@ -12,7 +12,8 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import Field, fields
 from typing import Any
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, PlanError
+from .half import read_units
 from .recipe import BUDGET_FIELDS, Recipe
 
 
@@ -183,6 +184,14 @@ def number_list(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers such as 3,7,8, not {text!r}") from None
+
+
+def unit_list(text: str) -> tuple[int | str, ...]:
+    """Reads `3,7,8`, or `3,4.mlp,5.attention`."""
+    try:
+        return tuple(unit if isinstance(unit, int) else str(unit) for unit in read_units(text.split(",")))
+    except PlanError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _option(text: str) -> tuple[str, str]:

@@ -87,7 +87,7 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     runner = BlockRunner(model, plan.stack)
     try:
         with width_off(runner.stack.blocks, plan.width):
-            logits = runner.logits(batch, off=plan.removed_blocks).float().cpu()
+            logits = runner.logits(batch, off=plan.removed_units).float().cpu()
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
@@ -96,7 +96,7 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
             f"{' '.join(str(error).split())}"
         ) from error
     if not torch.isfinite(logits).all():
-        runner.diagnose(batch, off=plan.removed_blocks)
+        runner.diagnose(batch, off=plan.removed_units)
         raise NonFiniteError("NaN or infinity in the logits although every block's output is finite.")
     return Expectation(plan, batch, logits, _generates(model, layout, batch))
 
@@ -315,7 +315,7 @@ def _prove_logits(model: PreTrainedModel, expected: Expectation, *, typical: boo
     error = relative_error(logits, expected.logits, typical=typical)
     _require(
         error <= _tolerance(model),
-        f"logits differ from the dense model with blocks {list(expected.plan.removed_blocks)} switched off by "
+        f"logits differ from the dense model with blocks [{', '.join(expected.plan.removed_names)}] switched off by "
         f"{error:.2g} of the largest logit",
     )
 

@@ -231,7 +231,7 @@ def _base_of_card(path: Path) -> str | None:
 
 
 def _summary(plan: PruningPlan) -> str:
-    parts = [f"{len(plan.removed_blocks)} of {plan.num_blocks} blocks"] if plan.removed_blocks else []
+    parts = [f"{plan.num_removed} of {plan.num_blocks} blocks"] if plan.num_removed else []
     parts += ["width"] if plan.width else []
     return f"Model pruned with optimum-blockprune {__version__} ({plan.strategy}): less {' and '.join(parts)}"
 

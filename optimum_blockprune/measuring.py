@@ -133,7 +133,7 @@ class Measuring:
             PlanError: There is no plan, the model was pruned already, or the plan cannot be cut that short.
         """
         plan, spec = self._dense_plan(), spec or self._spec()
-        counts = checked_counts(plan, range(len(plan.removed_blocks) + 1) if counts is None else counts)
+        counts = checked_counts(plan, range(plan.num_removed + 1) if counts is None else counts)
         text = self._text(dataset, num_samples, spec)
         found = []
         with self.report.timed("depths"):

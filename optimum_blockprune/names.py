@@ -19,7 +19,5 @@ def renumber_key(name: str, path: str, plan: PruningPlan) -> str | None:
     match = re.match(rf"{re.escape(path)}\.(\d+)(?=\.|$)", name)
     if match is None:
         return name
-    block = int(match[1])
-    if block not in plan.kept_blocks:
-        return None
-    return f"{path}.{plan.kept_blocks.index(block)}{name[match.end() :]}"
+    place = plan.new_place(int(match[1]), name[match.end() + 1 :])
+    return None if place is None else f"{path}.{place}{name[match.end() :]}"

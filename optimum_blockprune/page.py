@@ -121,9 +121,9 @@ def _missing(report: PruningReport) -> str:
         for family, counts in units.items()
         if (share := finite(counts.get("removed"))) is not None
     ]
-    if report.removed_blocks or not parts:
+    if report.removed_units or not parts:
         total = block_count(report)
-        of = f"{len(report.removed_blocks)} of its {total:,} blocks" if total else "no blocks"
+        of = f"{len(report.removed_units)} of its {total:,} blocks" if total else "no blocks"
         parts.insert(0, of)
     return " and ".join(parts)
 
@@ -133,11 +133,11 @@ def _family(name: str) -> str:
 
 
 def _removal(report: PruningReport) -> Html | None:
-    if not report.removed_blocks:
+    if not report.removed_units:
         return None
-    order = ", ".join(map(str, report.removed_blocks))
+    order, kind = ", ".join(map(str, report.removed_units)), "half-blocks" if report.removed_halves else "blocks"
     return paragraph(
-        f"Removed blocks, in the order of removal: {order}. Blocks are numbered as in the dense model, from 0 on."
+        f"Removed {kind}, in the order of removal: {order}. Blocks are numbered as in the dense model, from 0 on."
     )
 
 

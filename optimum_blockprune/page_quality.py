@@ -20,8 +20,8 @@ def compared(report: PruningReport) -> tuple[Mapping[str, Any] | None, Mapping[s
     """
     pruned = next((entry for entry in reversed(report.evaluations) if entry.get("label") == "pruned"), None)
     others = [entry for entry in report.evaluations if entry.get("label") == "dense"]
-    if pruned is None and report.removed_blocks:
-        here = len(report.removed_blocks)
+    if pruned is None and report.removed_units:
+        here = len(report.removed_units)
         pruned = next((each for each in report.depths if each.get("removed") == here and "perplexity" in each), None)
         others = [each for each in report.depths if each.get("removed") == 0 and "perplexity" in each]
     dense = next(
@@ -151,7 +151,7 @@ def depths(report: PruningReport) -> Iterator[Html]:
     head = ("blocks removed", "blocks left", "parameters", "MB", "perplexity", "tokens/s written", "repeated 4-grams")
     shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
     here = [entry.get("removed") for entry in report.depths]
-    marked = here.index(len(report.removed_blocks)) if len(report.removed_blocks) in here else None
+    marked = here.index(len(report.removed_units)) if len(report.removed_units) in here else None
     yield table(
         [head[place] for place in shown], [[row[place] for place in shown] for row in rows], left=0, marked=marked
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .batches import Batch
 from .channel_sums import TokenSums
 from .errors import UnsupportedModelError
+from .half import Removal, Unit, blocks_off, first_block, units_of
 from .inputs import probe_batch
 from .kinds import DECODER
 from .offload import held, is_offloaded
@@ -142,15 +143,15 @@ def sum_tokens(
 def branches(
     runner: BlockRunner,
     batches: Iterable[tuple[Key, Batch]],
-    removed: Collection[int],
-    wanted: Sequence[int | None],
-) -> Iterator[tuple[Key, Batch, int | None, BlockOutput]]:
-    """What comes out of the last block without one more block, for all candidates and batches together.
+    off: Collection[Unit],
+    wanted: Sequence[Removal | None],
+) -> Iterator[tuple[Key, Batch, Removal | None, BlockOutput]]:
+    """What comes out of the last block without one more block (or two halves), for all candidates and batches.
 
     Args:
         runner: Runs the model.
         batches: The batches, each with whatever tells it apart.
-        removed: Blocks that are gone.
+        off: What is gone.
         wanted: Candidates; `None` is the model as it is.
 
     Yields:
@@ -160,8 +161,9 @@ def branches(
         UnsupportedModelError: See `stream`.
     """
     for group, some in _groups_of_candidates(runner, batches, wanted):
-        lanes = [(key, _Branches(batch, removed, some)) for key, batch in group]
-        alive = [block for block in range(runner.num_blocks) if block not in removed]
+        lanes = [(key, _Branches(batch, off, some)) for key, batch in group]
+        gone = blocks_off(off)
+        alive = [block for block in range(runner.num_blocks) if block not in gone]
         for block in _blocks(runner, alive, 0, lambda windows: None):
             for _, lane in lanes:
                 lane.advance(runner, block)
@@ -199,19 +201,20 @@ class _Branches:
     """
 
     batch: Batch
-    removed: Collection[int]
-    wanted: Sequence[int | None]
+    off: Collection[Unit]
+    wanted: Sequence[Removal | None]
     trunk: BlockOutput | None = None
-    ends: dict[int | None, BlockOutput | None] = field(default_factory=dict)
+    ends: dict[Removal | None, BlockOutput | None] = field(default_factory=dict)
 
     def advance(self, runner: BlockRunner, block: int) -> None:
-        for candidate in [candidate for candidate in self.ends if candidate is not None]:
-            off = [*self.removed, candidate]
-            self.ends[candidate] = runner.run_to(self.batch, block, off, self.ends[candidate])
-        if block in self.wanted:
-            self.ends[block] = self.trunk
-        if None in self.wanted or any(other > block for other in self.wanted):
-            self.trunk = runner.run_to(self.batch, block, self.removed, self.trunk)
+        candidates = [candidate for candidate in self.wanted if candidate is not None]
+        self.ends |= {candidate: self.trunk for candidate in candidates if first_block(candidate) == block}
+        for candidate in candidates:
+            off = [*self.off, *units_of(candidate)]
+            if candidate in self.ends and block not in blocks_off(off):
+                self.ends[candidate] = runner.run_to(self.batch, block, off, self.ends[candidate])
+        if None in self.wanted or any(first_block(other) > block for other in candidates):
+            self.trunk = runner.run_to(self.batch, block, self.off, self.trunk)
         else:
             self.trunk = None
         if None in self.wanted:
@@ -253,8 +256,8 @@ def _groups(
 
 
 def _groups_of_candidates(
-    runner: BlockRunner, batches: Iterable[tuple[Key, Batch]], wanted: Sequence[int | None]
-) -> Iterator[tuple[list[tuple[Key, Batch]], Sequence[int | None]]]:
+    runner: BlockRunner, batches: Iterable[tuple[Key, Batch]], wanted: Sequence[Removal | None]
+) -> Iterator[tuple[list[tuple[Key, Batch]], Sequence[Removal | None]]]:
     """Batches with all candidates; a batch with some of them at a time where one batch has no room for all."""
     for group in _groups(runner, batches, lanes=1 + len(wanted)):
         fit = max(1, STATE_BYTES // max(1, runner.first_hidden(group[0][1]).nbytes) - 1)

@@ -67,6 +67,7 @@ class _Map:
     """What there is to draw. All lists have one entry per block of the dense model."""
 
     order: dict[int, int]
+    halves: dict[str, int]
     scores: list[float | None]
     broken: list[int]
     meaning: str
@@ -105,7 +106,7 @@ def depth_words(report: PruningReport) -> str | None:
 
 
 def _collect(report: PruningReport) -> _Map | None:
-    if not report.removed_blocks and not any(entry.get("kept") for entry in report.widths.values()):
+    if not report.removed_units and not any(entry.get("kept") for entry in report.widths.values()):
         return None
     blocks = block_count(report)
     raw = {int(block): score for block, score in report.scores.items() if str(block).isdigit()}
@@ -116,7 +117,8 @@ def _collect(report: PruningReport) -> _Map | None:
         raw = {block: score - dense if finite(score) is not None else score for block, score in raw.items()}
         meaning = "added loss if only this block is removed, nats per token (low ones go first)"
     return _Map(
-        order={block: place for place, block in enumerate(report.removed_blocks, 1)},
+        order={block: place for place, block in enumerate(report.removed_units, 1) if isinstance(block, int)},
+        halves={half: place // 2 + 1 for place, half in enumerate(report.removed_halves)},
         scores=[finite(raw.get(block)) for block in range(blocks)],
         broken=[block for block in raw if finite(raw[block]) is None],
         meaning=meaning,
@@ -146,12 +148,16 @@ def _rows(found: _Map) -> list[range]:
 
 def _panels(found: _Map) -> list[str]:
     scored = any(score is not None for score in found.scores)
-    return [*(["score"] if scored else []), *found.shares, *(["strip"] if found.order else [])]
+    return [*(["score"] if scored else []), *found.shares, *(["strip"] if found.order or found.halves else [])]
 
 
 def _row_height(found: _Map) -> float:
-    heights = {"score": _SCORE + _CAPTION, "strip": _STRIP + 0.08}
+    heights = {"score": _SCORE + _CAPTION, "strip": _strip_height(found) + 0.08}
     return sum(heights.get(panel, _WIDTH + _CAPTION) for panel in _panels(found)) + _NUMBERS
+
+
+def _strip_height(found: _Map) -> float:
+    return _STRIP * (1.8 if found.halves else 1)
 
 
 def _draw_row(figure: Figure, found: _Map, row: range, *, top: float, columns: int) -> None:
@@ -160,9 +166,9 @@ def _draw_row(figure: Figure, found: _Map, row: range, *, top: float, columns: i
     for panel in _panels(found):
         if panel == "strip":
             top += 0.08
-            axes = axes_at(figure, LEFT, top, width, _STRIP)
-            _strip(axes, found, row)
-            top += _STRIP
+            axes = axes_at(figure, LEFT, top, width, _strip_height(found))
+            (_half_strip if found.halves else _strip)(axes, found, row)
+            top += _strip_height(found)
         elif panel == "score":
             axes = axes_at(figure, LEFT, top + _CAPTION, width, _SCORE)
             _scores(axes, found, row, column * 72)
@@ -195,6 +201,24 @@ def _strip(axes: Axes, found: _Map, row: range) -> None:
             axes.text(block, 0.48, number, ha="center", va="center", fontsize=SMALL, fontweight="bold", color=GONE)
     axes.set_ylim(-0.05, 1.05)
     axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _half_strip(axes: Axes, found: _Map, row: range) -> None:
+    """As `_strip`, with two cells for each block: attention above, MLP below."""
+    for block in row:
+        for bottom, part in ((0.52, "attention"), (0.0, "mlp")):
+            place = found.halves.get(f"{block}.{part}")
+            edge = KEPT if place is None else GONE
+            face = KEPT if place is None else PAPER
+            width = 0 if place is None else 1.2
+            axes.bar(block, 0.48, bottom=bottom, width=0.86, facecolor=face, edgecolor=edge, linewidth=width)
+            if place is not None:
+                style = {"ha": "center", "va": "center", "fontsize": SMALL, "fontweight": "bold", "color": GONE}
+                axes.text(block, bottom + 0.22, str(place), **style)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_yticks([0.24, 0.76], ["MLP", "attn"], fontsize=SMALL)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -273,7 +297,7 @@ def _legend(figure: Figure, found: _Map) -> None:
 
 def _marks(found: _Map) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "kept", {"facecolor": KEPT, "edgecolor": KEPT}
-    if found.order:
+    if found.order or found.halves:
         label = "removed (number: order of removal)"
         yield label, {"facecolor": PAPER, "edgecolor": GONE, "linewidth": 1.2}
     if found.apart:
@@ -283,8 +307,9 @@ def _marks(found: _Map) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _titles(report: PruningReport, found: _Map) -> tuple[str, str]:
-    gone = len(found.order)
-    parts = [f"{gone} of {found.blocks} blocks"] if gone else []
+    gone = len(report.removed_units)
+    worth = " as half-blocks" if found.halves else ""
+    parts = [f"{gone} of {found.blocks} blocks{worth}"] if gone else []
     parts += [f"{_lost(report, found, family)} of {_family(family)}" for family in found.shares]
     saved = finite(report.achieved.get("parameters_removed"))
     size = f"; {saved:.1%} of the parameters are gone".replace("%", " %") if saved is not None else ""
@@ -302,9 +327,10 @@ def _words(report: PruningReport, found: _Map) -> str:
     """The picture in one sentence."""
     title, _ = _titles(report, found)
     words = f"Map of the {found.blocks} blocks of the dense model. {title}, chosen by {strategy_name(report)}"
-    if found.order:
-        which = "the blocks went in this order: " if len(found.order) > 1 else "it is block "
-        words += f"; {which}{', '.join(map(str, found.order))}"
+    units = report.removed_units
+    if units:
+        which = "the blocks went in this order: " if len(units) > 1 else "it is block "
+        words += f"; {which}{', '.join(map(str, units))}"
     known = {block: score for block, score in enumerate(found.scores) if score is not None}
     if known:
         low, high = (find(known, key=known.__getitem__) for find in (min, max))

@@ -136,7 +136,7 @@ def _line(axes: Axes, x: list[int], y: list[float]) -> None:
 
 def _label(axes: Axes, x: list[int], y: list[float], report: PruningReport) -> None:
     """Writes values at the points: all if there are few, else at the dense model, at this one and at the last."""
-    here = len(report.removed_blocks)
+    here = len(report.removed_units)
     shown = set(x) if len(x) <= 9 else {x[0], x[-1], here}
     for removed, value in zip(x, y, strict=True):
         if removed not in shown:

@@ -62,6 +62,7 @@ def block_count(report: PruningReport) -> int:
     """Number of blocks of the model before pruning; 0 where the report does not let it be known."""
     seen = [int(block) for block in report.scores if str(block).isdigit()]
     seen += [block for block in report.removed_blocks if isinstance(block, int)]
+    seen += [int(half.partition(".")[0]) for half in report.removed_halves if half.partition(".")[0].isdigit()]
     seen += [block for losses in tried(report) for block in losses]
     listed = [len(entry.get("kept") or ()) for entry in report.widths.values()]
     return max(report.achieved.get("blocks_before") or 0, *listed, *(block + 1 for block in seen), 0)

@@ -2,8 +2,8 @@
 """The pruning plan: what is kept, decided once, never changed.
 
 A plan is the only thing that passes from the strategies (which decide) to the surgery (which executes). It speaks of
-what is *kept*: for every block of the result, the original block its attention half and its MLP half come from (in
-this version the two are always the same block), and the units of width that each block keeps. A plan reads and writes
+what is *kept*: for every block of the result, the original block its attention half and its MLP half come from (the
+same one, unless half-blocks were removed), and the units of width that each block keeps. A plan reads and writes
 no weights itself; `apply` and `apply_to_checkpoint` hand it to `surgery` and `checkpoint`.
 """
 
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .joining import composed
+from .half import ATTENTION, MLP, Half, Unit, joined_halves, read_units, sorted_halves
 from .json_values import json_fault, read_json
+from .plan_changes import followed, truncated
 from .plan_rules import PART_FIELDS, check_parts, check_types
 from .widths import Width
 
@@ -42,7 +43,10 @@ class PruningPlan:
         model_type: `config.model_type` of the text decoder that the plan was made for.
         num_blocks: Number of blocks before pruning.
         blocks: One `BlockSource` per block of the result, in order.
-        removed_blocks: Original indices of the removed blocks, in the order of removal.
+        removed_blocks: Original indices of the blocks that are gone altogether, in the order of removal.
+        removed_halves: Where half-blocks were removed: all of them, such as `"4.mlp"`, in the order of removal.
+        halves: Where half-blocks were removed: to which half the modules of a block belong, by name
+            (`{"self_attn": "attention", "mlp": "mlp"}`).
         width: The channels and heads that each kept block keeps; empty where all stay.
         stack: The stack that loses them, `"decoder"` or `"encoder"`.
         strategy: Name of the strategy that chose them; `"manual"` if the user did.
@@ -67,6 +71,8 @@ class PruningPlan:
     num_blocks: int
     blocks: tuple[BlockSource, ...]
     removed_blocks: tuple[int, ...]
+    removed_halves: tuple[str, ...] = ()
+    halves: Mapping[str, str] = field(default_factory=dict)
     width: Width = Width()
     stack: str = "decoder"
     strategy: str = "manual"
@@ -88,8 +94,34 @@ class PruningPlan:
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
-        """Original indices of the blocks that stay, ascending."""
+        """Original indices of the blocks that stay, ascending; where halves were joined, of their attention."""
         return tuple(source.attention for source in self.blocks)
+
+    @property
+    def num_removed(self) -> int:
+        """How many blocks shallower the result is; two halves are worth one block."""
+        return self.num_blocks - len(self.blocks)
+
+    @property
+    def removed_names(self) -> tuple[str, ...]:
+        """What goes, in the order of removal: `"3"` is a block, `"3.mlp"` a half of one."""
+        return self.removed_halves or tuple(map(str, self.removed_blocks))
+
+    @property
+    def removed_units(self) -> tuple[Unit, ...]:
+        """What is switched off in the dense model to make it equal the pruned one."""
+        return tuple(map(Half.read, self.removed_halves)) or self.removed_blocks
+
+    def new_place(self, block: int, module: str) -> int | None:
+        """Number of the block of the result in which a module of an original block comes to lie; `None` if it goes.
+
+        Args:
+            block: Its original block.
+            module: Its name inside the block; empty for the block itself, which stays with its attention half.
+        """
+        part = self.halves.get(module.partition(".")[0], ATTENTION)
+        sources = [source.mlp if part == MLP else source.attention for source in self.blocks]
+        return sources.index(block) if block in sources else None
 
     @classmethod
     def from_removed(cls, model_type: str, num_blocks: int, removed: Iterable[int], **provenance: Any) -> PruningPlan:
@@ -103,12 +135,44 @@ class PruningPlan:
         return cls(model_type=model_type, num_blocks=num_blocks, blocks=blocks, removed_blocks=order, **provenance)
 
     @classmethod
-    def from_blocks(cls, model_or_config: Any, removed: Iterable[int], *, stack: str | None = None) -> PruningPlan:
+    def from_halves(
+        cls, model_type: str, num_blocks: int, removed: Iterable[Half], halves: Mapping[str, str], **provenance: Any
+    ) -> PruningPlan:
+        """Builds the plan that removes half-blocks.
+
+        Args:
+            model_type: See the class.
+            num_blocks: Number of blocks before pruning.
+            removed: In the order of removal. What is left must alternate: attention, MLP, attention, ...
+            halves: See the class.
+            **provenance: Further fields.
+
+        Raises:
+            PlanError: A half does not exist, is named twice, or what is left does not make up blocks.
+        """
+        order = tuple(removed)
+        pairs, whole = joined_halves(num_blocks, order)
+        blocks = tuple(BlockSource(attention, mlp) for attention, mlp in pairs)
+        return cls(
+            model_type=model_type,
+            num_blocks=num_blocks,
+            blocks=blocks,
+            removed_blocks=whole,
+            removed_halves=tuple(map(str, order)),
+            halves=dict(halves),
+            **provenance,
+        )
+
+    @classmethod
+    def from_blocks(
+        cls, model_or_config: Any, removed: Iterable[int | str], *, stack: str | None = None
+    ) -> PruningPlan:
         """Builds a plan for blocks that the user names, without data and without a search.
 
         Args:
-            model_or_config: A loaded model, or its configuration.
-            removed: Original indices of the blocks to remove; the order is kept as the order of removal.
+            model_or_config: A loaded model, or its configuration (which does not tell halves).
+            removed: Original indices of the blocks to remove; the order is kept as the order of removal. Halves of
+                blocks by name, such as `"4.mlp"` and `"5.attention"`: what is left must make up blocks.
             stack: `"decoder"` or `"encoder"` of an encoder-decoder; by default its decoder.
 
         Raises:
@@ -118,14 +182,19 @@ class PruningPlan:
         from .architectures import layout_for  # torch and transformers enter here only, not when a plan is read
 
         layout = layout_for(model_or_config, stack)
-        plan = cls.from_removed(
-            layout.model_type,
-            layout.num_blocks,
-            removed,
-            base_model=layout.base_model,
-            stack=layout.stack,
-            nested=True,
-        )
+        fields = {"base_model": layout.base_model, "stack": layout.stack, "nested": True}
+        removed = list(removed)
+        if any(isinstance(each, (str, Half)) for each in removed):
+            if model_or_config is layout.root:
+                raise PlanError(
+                    "Half-blocks are found by running the model: give the loaded model, not a configuration."
+                )
+            from .runner import BlockRunner  # see above
+
+            units, halves = read_units(removed), BlockRunner(model_or_config, layout.stack).halves.names()
+            plan = cls.from_halves(layout.model_type, layout.num_blocks, sorted_halves(units), halves, **fields)
+        else:
+            plan = cls.from_removed(layout.model_type, layout.num_blocks, removed, **fields)
         layout.check(plan)
         return plan
 
@@ -171,36 +240,7 @@ class PruningPlan:
         Raises:
             PlanError: The plan removes fewer blocks, removes width as well, or does not know.
         """
-        most = len(self.removed_blocks)
-        if self.width or not most:
-            raise PlanError("Only a plan that removes whole blocks, and nothing else, can be cut short.")
-        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 0 <= num_blocks <= most:
-            raise PlanError(f"This plan removes {most} blocks; {num_blocks!r} is not a number from 0 to {most}.")
-        if num_blocks == most:
-            return self
-        details: dict[str, Any] = {"truncated_from": most}
-        order, steps, smaller = self.removed_blocks[:num_blocks], (), {}
-        if self.nested:
-            steps = self.steps[:num_blocks] if len(self.steps) == most else ()
-            details = {**self.details, **details}
-        elif num_blocks:
-            if str(num_blocks) not in self.smaller:
-                raise PlanError(
-                    f"This plan of '{self.strategy}' does not say what it would have removed for {num_blocks} blocks: "
-                    f"choose again with num_blocks={num_blocks}."
-                )
-            order = self.smaller[str(num_blocks)]
-            smaller = {count: blocks for count, blocks in self.smaller.items() if int(count) < num_blocks}
-        gone = set(order)
-        return replace(
-            self,
-            blocks=tuple(BlockSource(block, block) for block in range(self.num_blocks) if block not in gone),
-            removed_blocks=tuple(order),
-            requested={"num_blocks": num_blocks},
-            steps=steps,
-            details=details,
-            smaller=smaller,
-        )
+        return truncated(self, num_blocks)
 
     def then(self, second: PruningPlan) -> PruningPlan:
         """Returns the one plan for this one and another that was made for its result.
@@ -213,32 +253,7 @@ class PruningPlan:
         Raises:
             PlanError: The second plan is for another model, or the two widths are of no one layout.
         """
-        theirs = (second.model_type, second.stack, second.num_blocks)
-        if theirs != (self.model_type, self.stack, len(self.blocks)):
-            raise PlanError(
-                f"The second plan is for {second.num_blocks} blocks of '{second.model_type}' ({second.stack}); the "
-                f"first leaves {len(self.blocks)} of '{self.model_type}' ({self.stack})."
-            )
-        kept = self.kept_blocks
-        gone = (*self.removed_blocks, *(kept[block] for block in second.removed_blocks))
-        parts = [part for plan in (self, second) for part in plan.parts()]
-        blocks = tuple(kept[block] for block in second.kept_blocks)
-        # What the second plan removes whole need not agree in width with what it narrows.
-        width = composed(composed(self.width, Width(), blocks), second.width, kept)
-        return PruningPlan.from_removed(
-            self.model_type,
-            self.num_blocks,
-            gone,
-            width=width,
-            stack=self.stack,
-            strategy="+".join(part["strategy"] for part in parts),
-            base_model=self.base_model,
-            requested={},
-            details={"parts": parts},
-            calibration=self.calibration or second.calibration,
-            seed=self.seed,
-            versions=second.versions or self.versions,
-        )
+        return followed(self, second)
 
     def parts(self) -> list[dict[str, Any]]:
         """What each of the plans that were joined in this one has to say for itself; this one's own if it is one."""
@@ -278,6 +293,7 @@ class PruningPlan:
                     **data,
                     "blocks": blocks,
                     "removed_blocks": tuple(data["removed_blocks"]),
+                    "removed_halves": tuple(data.get("removed_halves", ())),
                     "width": Width.from_dict(data["width"]) if "width" in data else Width(),
                     "steps": tuple(data.get("steps", ())),
                     "smaller": {count: tuple(each) for count, each in data.get("smaller", {}).items()},

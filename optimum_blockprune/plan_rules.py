@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from .errors import PlanError
+from .half import ATTENTION, MLP, PARTS, Half, blocks_off
 from .json_values import fits, misfit, spelled_type
 
 
@@ -33,12 +34,17 @@ def check_parts(plan: Any) -> None:
         raise PlanError(f"A plan is for the 'decoder' or the 'encoder' of a model, not for {plan.stack!r}.")
     if len(set(plan.removed_blocks)) != len(plan.removed_blocks):
         raise PlanError(f"A block is removed twice: {list(plan.removed_blocks)}.")
-    split = [source for source in plan.blocks if source.attention != source.mlp]
-    if split:
-        raise PlanError(f"This version keeps whole blocks only; {split[0]} joins the halves of two blocks.")
     if not plan.blocks:
         raise PlanError("The plan removes every block; at least one must stay.")
-    _check_numbers(plan)
+    if plan.removed_halves:
+        _check_halves(plan)
+    else:
+        split = [source for source in plan.blocks if source.attention != source.mlp]
+        if split or plan.halves:
+            raise PlanError(
+                f"The plan removes whole blocks, but {split[0] if split else 'it'} names halves of blocks."
+            )
+        _check_numbers(plan)
     lost = sorted({each.block for each in plan.width.narrowed} - set(plan.kept_blocks))
     if lost:
         raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")
@@ -58,6 +64,30 @@ def _check_numbers(plan: Any) -> None:
         known = set(blocks) <= set(range(plan.num_blocks))
         if len(set(blocks)) != len(blocks) or str(len(blocks)) != count or not known:
             raise PlanError(f"The plan's choice for {count} blocks, {list(blocks)}, is none.")
+
+
+def _check_halves(plan: Any) -> None:
+    """Kept and removed halves are all there are, in order, and the plan says which modules they are."""
+    try:
+        order = [Half.read(text) for text in plan.removed_halves]
+    except (ValueError, AttributeError) as error:
+        raise PlanError(f"The plan is malformed: {error}.") from error
+    gone = set(order)
+    kept = [half for each in plan.blocks for half in (Half(each.attention, ATTENTION), Half(each.mlp, MLP))]
+    places = [half.place for half in kept]
+    complete = len(gone) == len(order) and len(kept) + len(gone) == 2 * plan.num_blocks and not gone & set(kept)
+    if (
+        not complete
+        or places != sorted(places)
+        or any(not 0 <= half.block < plan.num_blocks for half in (*order, *kept))
+    ):
+        raise PlanError(f"Kept and removed halves do not make up the halves of {plan.num_blocks} blocks in order.")
+    if set(plan.removed_blocks) != blocks_off(gone):
+        raise PlanError(f"The blocks that lost both halves are {sorted(blocks_off(gone))}; the plan says otherwise.")
+    if set(plan.halves.values()) != set(PARTS):
+        raise PlanError("A plan that removes half-blocks must say which modules make up which half ('halves').")
+    if plan.smaller or plan.width:
+        raise PlanError("A plan that removes half-blocks removes nothing else.")
 
 
 def check_types(plan: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from optimum.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from .asked import removes
 from .blocks import find_blocks
-from .choosing import Keep, choose, removes, score_units
+from .choosing import Keep, choose, score_units
 from .config import BlockPruningConfig
 from .errors import ConfigurationError
 from .evaluation import size_of

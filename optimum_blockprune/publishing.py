@@ -15,8 +15,8 @@ from huggingface_hub import CommitInfo
 from optimum.utils import logging
 from transformers import ProcessorMixin
 
+from .asked import num_to_remove
 from .blocks import find_blocks
-from .choosing import num_to_remove
 from .depths import checked_counts, pruned_to
 from .errors import ConfigurationError, HubError, PlanError
 from .evaluation import EvaluationSpec, size_of
@@ -301,7 +301,7 @@ class Publishing(Measuring):
 
     def _bytes_after(self, plan: PruningPlan | None) -> int:
         """Size of the result on disk, as far as it is known before the blocks are chosen."""
-        removed = num_to_remove(self.model, self.config.recipe) if plan is None else len(plan.removed_blocks)
+        removed = num_to_remove(self.model, self.config.recipe) if plan is None else plan.num_removed
         blocks = find_blocks(self.model, self.config.stack if plan is None else plan.stack).blocks
         sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
         return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])

@@ -50,6 +50,15 @@ class Recipe:
         default=None,
         metadata={"help": "Budget: number of parameters that the pruned model may have at most.", "minimum": 1},
     )
+    unit: str | None = field(
+        default=None,
+        metadata={
+            "help": "What goes where blocks are removed: 'block', whole blocks (the default), or 'half_block', pairs "
+            "of an attention and an MLP half that need not be of one block; as many parameters, the same kind of "
+            "checkpoint, more to choose from.",
+            "choices": ("block", "half_block"),
+        },
+    )
     stack: str | None = field(
         default=None,
         metadata={
@@ -234,6 +243,8 @@ def _check_texts(recipe: Recipe) -> None:
         raise ConfigurationError("dataset is an empty string; give a name or a path, or leave it out.")
     if recipe.stack not in (None, "decoder", "encoder"):
         raise ConfigurationError(f"stack must be 'decoder' or 'encoder', not {recipe.stack!r}.")
+    if recipe.unit not in (None, "block", "half_block"):
+        raise ConfigurationError(f"unit must be 'block' or 'half_block', not {recipe.unit!r}.")
     if recipe.layout not in LAYOUTS:
         raise ConfigurationError(f"Unknown layout {recipe.layout!r}.{nearest(str(recipe.layout), LAYOUTS)}")
     column = recipe.dataset_text_field

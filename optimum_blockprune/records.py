@@ -78,7 +78,7 @@ def _record_plan(report: PruningReport, plan: PruningPlan) -> None:
     first = plan.parts()[0]
     report.requested = dict(plan.requested)
     report.strategy = plan.strategy
-    report.removed_blocks = list(plan.removed_blocks)
+    report.removed_blocks, report.removed_halves = list(plan.removed_blocks), list(plan.removed_halves)
     report.calibration = dict(plan.calibration) if plan.calibration else None
     report.strategy_details = dict(plan.details)
     report.options, report.seed = dict(plan.options), plan.seed

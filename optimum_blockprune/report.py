@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .half import pair_names
 from .json_values import json_fault, read_json
 from .report_rules import report_fault
 
@@ -39,6 +40,8 @@ class PruningReport:
         peak_memory_bytes: Largest allocation on the GPU, or the largest resident size of the process on the CPU.
         device, dtype: Where the model was and in which precision.
         strategy_details: Further figures of the strategy.
+        removed_blocks: Original numbers of the blocks that are gone, in the order of removal.
+        removed_halves: Where half-blocks were removed: all of them, such as `"4.mlp"`, in the order of removal.
         verification: Which parts of the gate the saved folder passed.
         loader, task: The class that loads the result, and what it does, in the Hub's words.
         runtimes: For other runtimes (vLLM, llama.cpp): whether they read the result as transformers does, and why not.
@@ -63,6 +66,7 @@ class PruningReport:
     achieved: dict[str, Any] = field(default_factory=dict)
     strategy: str | None = None
     removed_blocks: list[int] = field(default_factory=list)
+    removed_halves: list[str] = field(default_factory=list)
     block_forwards: int | None = None
     reused_measurements: int | None = None
     naive_block_forwards: int | None = None
@@ -90,6 +94,11 @@ class PruningReport:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     task_results: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def removed_units(self) -> list[int | str]:
+        """What went, one entry per block's worth, in the order of removal: 4, or `"4.mlp+5.attention"`."""
+        return pair_names(self.removed_halves) or list(self.removed_blocks)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

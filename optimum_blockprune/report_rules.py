@@ -72,6 +72,9 @@ def _faults(report: Any) -> Iterator[str]:
             yield from _misfits(entry["generation"], _GENERATION_MORE, "generation")
             yield from _misfits(entry["generation"], _GENERATION, "generation", tuple(_GENERATION))
     numbers = [*report.removed_blocks, *(report.achieved.get(f"blocks_{when}") or 0 for when in ("before", "after"))]
+    halves = [name.partition(".")[0] for name in report.removed_halves]
+    if not all(block.isdigit() and _numbers_a_block(block) for block in halves):
+        yield "half-blocks are named '4.attention' or '4.mlp'"
     candidates = [step["candidates"] for step in report.steps if isinstance(step.get("candidates"), Mapping)]
     names = [name for scores in (report.scores, *candidates) for name in scores if name.isdigit()]
     if not all(0 <= number < MAX_BLOCKS for number in numbers) or not all(map(_numbers_a_block, names)):

@@ -53,7 +53,7 @@ def command_for(
         The line, wrapped by backslashes, with `BASE_MODEL` for a model that is not on the Hub; `None` where nothing
         was removed, or where no command does it (`apply` reads no GGUF file).
     """
-    if not plan.removed_blocks and not plan.width:
+    if not plan.num_removed and not plan.width:
         return None
     loading = {**(loading or {}), **({"revision": revision} if revision else {})}
     chosen = _named_blocks(plan) or _chosen_again(plan, config)
@@ -97,7 +97,7 @@ def _named_blocks(plan: PruningPlan) -> _Flags | None:
     if plan.strategy != "manual" or plan.width or "parts" in plan.details:
         return None
     stack = [] if plan.stack == "decoder" else [("--stack", plan.stack)]
-    return [("--blocks", ",".join(map(str, plan.removed_blocks))), *stack]
+    return [("--blocks", ",".join(plan.removed_names)), *stack]
 
 
 def _chosen_again(plan: PruningPlan, config: BlockPruningConfig | None) -> _Flags | None:
@@ -126,6 +126,7 @@ def _made_with(plan: PruningPlan, recipe: Recipe) -> bool:
     chosen = (plan.strategy, plan.seed) == (recipe.strategy, recipe.seed)
     options = all(plan.options.get(name) == value for name, value in (recipe.strategy_options or {}).items())
     width = not plan.width or plan.width.layout == recipe.layout
+    width = width and (recipe.unit == "half_block" or not plan.removed_halves)
     return chosen and options and width and recipe.stack in (None, plan.stack) and _same_text(plan.calibration, recipe)
 
 

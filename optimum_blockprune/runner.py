@@ -14,8 +14,8 @@ more between each other than their return value (`check_replay` refuses those).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from .batches import Batch
 from .blocks import BlockStack, find_blocks
 from .errors import NonFiniteError, UnsupportedModelError
+from .forms import EndOfRun, learned
+from .half import Unit, blocks_off, single_halves
+from .halves import KnownHalves, half_off
 from .inputs import Caller, evaluating, probe_batch, vocabulary_of
 from .kinds import ENCODER
 from .losses import head_rows, token_nll
 from .offload import is_offloaded
-from .stand_ins import Bypass, Form, Replay, exchanged, hidden_of, hooks, incoming_hidden, learn_form, rows_of
-
-
-# Blocks of two kinds may return their streams differently; a second stream may begin after the first block.
-_LEARNED_BLOCKS = 3
+from .stand_ins import Bypass, Form, Replay, exchanged, hidden_of, hooks, incoming_hidden, rows_of
 
 
 @dataclass
@@ -55,10 +54,6 @@ class BlockOutput:
     value: Any
 
 
-class _EndOfRun(Exception):
-    """Leaves the model's forward once the last wanted block has run; never leaves this module."""
-
-
 class BlockRunner:
     """Runs a model block by block; see the module docstring.
 
@@ -76,6 +71,7 @@ class BlockRunner:
         self.counters = Counters()
         self._form: Form | None = None
         self._call = Caller(model, self.stack.layout)
+        self.halves = KnownHalves(self.stack, lambda: self._forward(probe_batch(model, self.stack.layout)))
 
     @property
     def num_blocks(self) -> int:
@@ -93,7 +89,7 @@ class BlockRunner:
 
     # --- what strategies and the gate use -------------------------------------------------------------------------
 
-    def logits(self, batch: Batch, off: Collection[int] = (), start: BlockOutput | None = None) -> Tensor:
+    def logits(self, batch: Batch, off: Collection[Unit] = (), start: BlockOutput | None = None) -> Tensor:
         """Returns the logits [B, S, vocabulary] without the blocks `off`; only what comes after `start` runs."""
         return self._run(batch, off, start=start)
 
@@ -171,9 +167,9 @@ class BlockRunner:
 
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
             seen.append((args, kwargs))
-            raise _EndOfRun
+            raise EndOfRun
 
-        with torch.no_grad(), hooks() as hook, suppress(_EndOfRun):
+        with torch.no_grad(), hooks() as hook, suppress(EndOfRun):
             hook(self.stack.blocks[block].register_forward_pre_hook(enter, with_kwargs=True))
             self._forward(probe_batch(self.model, self.stack.layout))
         if not seen:
@@ -187,29 +183,27 @@ class BlockRunner:
 
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
             seen.append(incoming_hidden(args, kwargs))
-            raise _EndOfRun
+            raise EndOfRun
 
-        with torch.no_grad(), hooks() as hook, suppress(_EndOfRun):
+        with torch.no_grad(), hooks() as hook, suppress(EndOfRun):
             hook(self.stack.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
             self._forward(batch)
         return seen[0]
 
     def run_to(
-        self, batch: Batch, stop: int, off: Collection[int] = (), start: BlockOutput | None = None
+        self, batch: Batch, stop: int, off: Collection[Unit] = (), start: BlockOutput | None = None
     ) -> BlockOutput:
         """Runs from after `start` (the embeddings without it) to the end of block `stop` and returns its output."""
         return BlockOutput(stop, self._run(batch, off, start=start, stop=stop))
 
-    def nll(self, batch: Batch, off: Collection[int] = (), start: BlockOutput | None = None) -> tuple[Tensor, int]:
+    def nll(self, batch: Batch, off: Collection[Unit] = (), start: BlockOutput | None = None) -> tuple[Tensor, int]:
         """Returns the summed negative log-likelihood (nats, float64 scalar) and the number of predictions.
 
         Each token predicts the next one, or the labels at their own positions where the batch has any (masked
         tokens). Positions whose own token or whose next token is padding are left out. Only the blocks after `start`
         that are not `off` run; the head runs on as many windows at a time as keep its logits small.
         """
-        last = max((block for block in range(self.num_blocks) if block not in off), default=None)
-        if last is None:
-            raise UnsupportedModelError("A run needs at least one block that is not switched off.")
+        last = self.last_block(off)
         reached = start if start is not None and start.block >= last else self.run_to(batch, last, off, start)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
@@ -240,11 +234,19 @@ class BlockRunner:
                     "or search=naive, on a model that is not offloaded."
                 )
 
-    def diagnose(self, batch: Batch, off: Collection[int] = ()) -> None:
+    def last_block(self, off: Collection[Unit]) -> int:
+        """The last block of which something is on."""
+        gone = blocks_off(off)
+        last = max((block for block in range(self.num_blocks) if block not in gone), default=None)
+        if last is None:
+            raise UnsupportedModelError("A run needs at least one block that is not switched off.")
+        return last
+
+    def diagnose(self, batch: Batch, off: Collection[Unit] = ()) -> None:
         """Raises `NonFiniteError` naming the first block whose output is not finite; returns if there is none."""
-        state = None
+        state, gone = None, blocks_off(off)
         for block in range(self.num_blocks):
-            if block in off:
+            if block in gone:
                 continue
             state = self.run_to(batch, block, off, state)
             hidden = hidden_of(state.value)
@@ -261,27 +263,27 @@ class BlockRunner:
     def _run(
         self,
         batch: Batch,
-        off: Collection[int],
+        off: Collection[Unit],
         *,
         start: BlockOutput | None = None,
         stop: int | None = None,
     ) -> Any:
         """One call of the model's forward; returns the logits, or the output of block `stop`."""
         self._learn_form()
-        first = 0 if start is None else start.block + 1
-        live = [block for block in range(first, self.num_blocks if stop is None else stop + 1) if block not in off]
+        first, gone = 0 if start is None else start.block + 1, blocks_off(off)
+        live = [block for block in range(first, self.num_blocks if stop is None else stop + 1) if block not in gone]
         reached: list[Any] = []
 
         def finish(_module: nn.Module, _args: Any, output: Any) -> None:
             reached.append(output)
-            raise _EndOfRun
+            raise EndOfRun
 
-        with self._exchanged(live, start), hooks() as hook:
+        with self._exchanged(live, start), self._half_of(live, off), hooks() as hook:
             if stop is not None:
                 hook(self.stack.blocks[stop].register_forward_hook(finish))
             try:
                 output = self._forward(batch)
-            except _EndOfRun:
+            except EndOfRun:
                 output = None
         self.counters.block_forwards += len(live) * len(batch.input_ids)
         if stop is not None:
@@ -297,6 +299,15 @@ class BlockRunner:
             others[block] = Replay(original, start.value) if resumes else Bypass(original, self._form)
         return exchanged(self.stack.blocks, others)
 
+    @contextmanager
+    def _half_of(self, live: Collection[int], off: Collection[Unit]) -> Iterator[None]:
+        """Switches single halves of live blocks off."""
+        with ExitStack() as open_halves:
+            for block, part in single_halves(off).items():
+                if block in live:
+                    open_halves.enter_context(half_off(self.stack.blocks[block], self.halves.of(block), part))
+            yield
+
     def _forward(self, batch: Batch) -> Tensor:
         with evaluating(self.model):
             return self._call(batch, self.device)
@@ -305,35 +316,10 @@ class BlockRunner:
         """Finds out once how blocks return and receive their streams, so that bypassed ones do the same."""
         if self._form is not None:
             return
-        outputs: list[Any] = []
-        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def leave(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            arguments.append((args, kwargs))
-            outputs.append(output)
-            if len(outputs) == min(_LEARNED_BLOCKS, self.num_blocks):
-                raise _EndOfRun
-
-        with torch.no_grad(), hooks() as hook:
-            for block in self.stack.blocks:
-                hook(block.register_forward_hook(leave, with_kwargs=True))
-            try:
-                self._forward(probe_batch(self.model, self.stack.layout, windows=1, length=2))
-            except torch.OutOfMemoryError:
-                raise
-            except (TypeError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                raise UnsupportedModelError(
-                    f"{self.stack.layout.subject}: its forward does not run on made-up tokens, so that nothing can be "
-                    f"measured or proven: {reason}"
-                ) from error
-            except _EndOfRun:
-                pass
+        self._form = learned(
+            self.stack, lambda: self._forward(probe_batch(self.model, self.stack.layout, windows=1, length=2))
+        )
         self._call.forget()
-        if not outputs or not isinstance(hidden_of(outputs[0]), Tensor):
-            where = f"{self.stack.layout.subject}: its forward does not run the blocks in '{self.stack.path}'"
-            raise UnsupportedModelError(f"{where} one after the other.")
-        self._form = learn_form(outputs, arguments)
 
 
 def _visitor(index: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:

@@ -19,12 +19,13 @@ import torch
 from optimum.utils import logging
 from transformers import GenerationConfig
 
+from .asked import num_to_remove, removes
 from .checking import check_config
-from .choosing import num_to_remove, removes
 from .config import BlockPruningConfig
 from .errors import ConfigurationError, OutputError
 from .evaluation import EvaluationSpec, size_of
 from .flags import given_fields, model_arguments
+from .half import read_units, sorted_halves
 from .hub import push_folder
 from .loading import load_model, read_config, split_gguf
 from .page import PAGE_FILE, write_page
@@ -107,7 +108,7 @@ def _export(args: Namespace, pruner: BlockPruner) -> None:
         "depths": pruner.report.depths,
     }
     head = "\n".join(
-        f"{folder}: {listed(pruner.plan.truncate(n).removed_blocks)} removed" for n, folder in folders.items()
+        f"{folder}: {listed(pruner.plan.truncate(n).removed_names)} removed" for n, folder in folders.items()
     )
     _print(args, result, f"{head}\n{depth_table(pruner.report.depths)}")
 
@@ -126,7 +127,7 @@ def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
             f"Strategy '{recipe.strategy}' removes channels and heads, which have no depths: leave out --export and "
             "--curve."
         )
-    most = len(args.blocks) if args.blocks else num_to_remove(pruner.model, recipe)
+    most = len(sorted_halves(read_units(args.blocks))) // 2 if args.blocks else num_to_remove(pruner.model, recipe)
     wrong = [count for count in args.export or () if not 0 < count <= most]
     if wrong:
         raise ConfigurationError(
@@ -165,7 +166,7 @@ def apply(args: Namespace) -> None:
             raise ConfigurationError(f"apply copies the files as they are; --{name.replace('_', '-')} has no effect.")
     chosen = PruningPlan.from_file(args.plan)
     path = chosen.apply_to_checkpoint(source, args.output, overwrite=args.overwrite, verify=args.verify, **loading)
-    gone = [listed(chosen.removed_blocks), *narrowed(chosen)] if chosen.removed_blocks else narrowed(chosen)
+    gone = [listed(chosen.removed_names), *narrowed(chosen)] if chosen.num_removed else narrowed(chosen)
     text = f"{path}: {len(chosen.blocks)} of {chosen.num_blocks} blocks, without {' and '.join(gone) or 'nothing'}"
     _print(args, {"output": str(path), "removed_blocks": list(chosen.removed_blocks)}, text)
 

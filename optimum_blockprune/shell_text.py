@@ -24,7 +24,7 @@ def summary(report: PruningReport, plan: PruningPlan, output: str) -> str:
     if plan.width:
         lines.append(f"removed by {plan.strategy}: {removed(plan)}")
     else:
-        lines.append(f"removed by {plan.strategy}, in this order: {listed(plan.removed_blocks)}")
+        lines.append(f"removed by {plan.strategy}, in this order: {listed(plan.removed_names)}")
     lines += [
         f"perplexity of the {entry['label']} model on {entry['source']}: {entry['perplexity']:.2f} "
         f"({entry['tokens']:,} tokens)"
@@ -104,14 +104,15 @@ def _cell(key: Any, result: dict[str, Any], form: str) -> str:
     return form.format(result[key] / 1e6 if key == "size_bytes" else result[key])
 
 
-def listed(blocks: tuple[int, ...]) -> str:
-    """Block numbers in a row."""
+def listed(blocks: tuple[int | str, ...]) -> str:
+    """Blocks in a row."""
     return ", ".join(map(str, blocks)) if blocks else "nothing"
 
 
 def removed(plan: PruningPlan) -> str:
     """What a plan removes, in one line."""
-    parts = [f"{listed(plan.removed_blocks)} of {plan.num_blocks} blocks"] if plan.removed_blocks else []
+    of = f"of {plan.num_blocks} blocks"
+    parts = [f"{listed(plan.removed_names)} {of}"] if plan.num_removed else []
     return " and ".join([*parts, *narrowed(plan)]) or "nothing"
 
 

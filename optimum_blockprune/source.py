@@ -175,6 +175,14 @@ def _refuse_cuts(template: Template, layout: Layout) -> None:
 def _refuse_unstored(plan: PruningPlan, weights: StoredWeights, lists: tuple[str, str], layout: Layout) -> None:
     """Some files hold a tensor in pieces or under another name than the model, which joins them when it is loaded."""
     stored = weights.tensors
+    for name in stored if plan.removed_halves else ():
+        block = next((name[len(path) + 1 :] for path in lists if name.startswith(f"{path}.")), "")
+        module = block.partition(".")[2].partition(".")[0]
+        if module and module not in plan.halves:
+            raise UnsupportedModelError(
+                f"{layout.subject}: its files name modules otherwise than the model ('{module}'), so that nothing "
+                "tells which half of a block they belong to. Prune it in memory, with BlockPruner.prune(plan=...)."
+            )
     for each in plan.width.narrowed:
         if each.means:
             raise UnsupportedModelError(

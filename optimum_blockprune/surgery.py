@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import set_fields
 from .blocks import BlockStack, find_blocks
 from .errors import UnsupportedModelError
+from .half import MLP
 from .names import renumber_key
 from .narrowing import narrow
 from .per_layer import refuse_own_widths
@@ -118,6 +119,7 @@ def provenance(plan: PruningPlan, previous: dict[str, Any] | None) -> dict[str, 
     entry: dict[str, Any] = {
         "strategy": plan.strategy,
         "removed_blocks": list(plan.removed_blocks),
+        **({"removed_halves": list(plan.removed_halves)} if plan.removed_halves else {}),
         "num_blocks": plan.num_blocks,
         **({"layout": plan.width.layout, "units": plan.width.totals()} if plan.width else {}),
         "base_model": plan.base_model,
@@ -186,7 +188,19 @@ def _refuse_offloaded(stack: BlockStack, block: nn.Module) -> None:
 def _cut_list(stack: BlockStack, plan: PruningPlan, journal: Journal) -> None:
     # The ModuleList object stays: other modules and hooks may hold it.
     kept = {str(new): stack.blocks[old] for new, old in enumerate(plan.kept_blocks)}
+    for source, block in zip(plan.blocks, kept.values(), strict=True):
+        if source.mlp != source.attention:
+            journal.set(block, "_modules", _joined(block, stack.blocks[source.mlp], plan))
     journal.set(stack.blocks, "_modules", kept)
+
+
+def _joined(block: nn.Module, other: nn.Module, plan: PruningPlan) -> dict[str, nn.Module | None]:
+    """The children of a block with the MLP half of another one."""
+    mine = {name: child for name, child in block._modules.items() if plan.halves.get(name) != MLP}
+    theirs = {name: child for name, child in other._modules.items() if plan.halves.get(name) == MLP}
+    # In the order of the block that they move into: modules are listed in it.
+    order = [*dict.fromkeys([*block._modules, *theirs])]
+    return {name: (theirs | mine)[name] for name in order if name in mine or name in theirs}
 
 
 def _renumber_device_map(stack: BlockStack, plan: PruningPlan, journal: Journal) -> None:

@@ -30,6 +30,7 @@ class FieldRule:
         offset_field: For periods: the field that holds `offset`; 0 without one.
         unless: A field whose list, where it is stored, says more than this one.
         list_field: For periods: a list of block numbers that can name exceptions from the pattern.
+        half: Which half of a block it is about, where the two come from different blocks.
     """
 
     name: str
@@ -41,6 +42,7 @@ class FieldRule:
     offset_field: str | None = None
     unless: str | None = None
     list_field: str | None = None
+    half: str = "attention"
 
 
 @dataclass(frozen=True)

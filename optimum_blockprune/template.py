@@ -147,7 +147,7 @@ def _same_fields(written: PretrainedConfig, read: PretrainedConfig, subject: str
     stored = read.to_dict()
     for name, value in written.to_dict().items():
         if name in table().fields and stored.get(name) != value:
-            advice = " Keep other blocks (such as the last one)." if plan.removed_blocks else ""
+            advice = " Keep other blocks (such as the last one)." if plan.num_removed else ""
             raise UnsupportedModelError(
                 f"{subject} cannot lose {_lost(plan)} exactly: '{name}' would be {value}, and its configuration class "
                 f"reads that back as {stored.get(name)}.{advice}"
@@ -155,7 +155,7 @@ def _same_fields(written: PretrainedConfig, read: PretrainedConfig, subject: str
 
 
 def _lost(plan: PruningPlan) -> str:
-    return "these blocks" if plan.removed_blocks else "these channels and heads"
+    return "these blocks" if plan.num_removed else "these channels and heads"
 
 
 def empty_model(kind: type[PreTrainedModel], config: PretrainedConfig, subject: str) -> PreTrainedModel:
@@ -184,7 +184,7 @@ def _same_tensors(template: Template, subject: str) -> None:
     wrong = sorted(name for name in kept.keys() | new.keys() if kept.get(name) != new.get(name))
     if wrong:
         advice = " Its blocks differ by position; choose others, such as the last ones."
-        advice = advice if template.plan.removed_blocks else ""
+        advice = advice if template.plan.num_removed else ""
         problem = _mismatch(wrong[0], kept, new)
         raise UnsupportedModelError(f"{subject} cannot lose {_lost(template.plan)} exactly: {problem}.{advice}")
 

@@ -15,9 +15,10 @@ from zoo import other_stacks
 
 from optimum_blockprune import BlockPruner, PruningPlan, PruningStrategy
 from optimum_blockprune import choosing as choosing_module
+from optimum_blockprune.asked import num_to_remove
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec
-from optimum_blockprune.choosing import choose, held_out_split, num_to_remove, window_spec, windows_for
+from optimum_blockprune.choosing import choose, held_out_split, window_spec, windows_for
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
 from optimum_blockprune.recipe import Recipe
 from optimum_blockprune.report import PruningReport

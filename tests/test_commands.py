@@ -83,6 +83,7 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
     typed = {
         "strategy": "random",
         "num_blocks": 3,
+        "unit": "half_block",
         "stack": "encoder",
         "dataset": "c4",
         "dataset_text_field": "body",
@@ -157,7 +158,7 @@ def test_the_other_flags_of_plan_apply_and_evaluate() -> None:
         (["apply", "-m", "M", "OUT"], "required: --plan"),
         ([*COMMANDS["run"], "--sparsity", "0.2", "--num-blocks", "3"], "not allowed with argument --sparsity"),
         ([*COMMANDS["run"], "--sparsity", "0.2", "--blocks", "3"], "not allowed with argument --sparsity"),
-        ([*COMMANDS["run"], "--blocks", "3;4"], "expected numbers such as 3,7,8, not '3;4'"),
+        ([*COMMANDS["run"], "--blocks", "3;4"], "'3;4' is neither a block ('4') nor a half of one"),
         ([*COMMANDS["run"], "--strategy-option", "fast"], "expected key=value, not 'fast'"),
         ([*COMMANDS["run"], "--num-samples", "few"], "invalid int value: 'few'"),
         ([*COMMANDS["run"], "--calibration-recipe", "x"], "invalid choice: 'x'"),

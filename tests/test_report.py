@@ -18,6 +18,7 @@ FULL = {
     "requested": {"num_blocks": 2},
     "achieved": {"blocks_before": 5, "blocks_after": 3, "blocks_removed": 0.4},
     "strategy": "sleb",
+    "removed_halves": ["1.attention", "1.mlp"],
     "removed_blocks": [3, 1],
     "block_forwards": 100,
     "naive_block_forwards": 200,

@@ -61,6 +61,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "sparsity": [{"sparsity": 0.07}, {"sparsity": 1e-05}],
     "num_blocks": [{"num_blocks": 3}],
     "target_params": [{"target_params": 100_000_000}],
+    "unit": [{"unit": "half_block"}, {"unit": "block"}],
     "stack": [{"stack": "encoder"}, {"stack": "decoder"}],
     "dataset": [{"dataset": "wikitext2"}, {"dataset": "my texts/it's.txt"}, {"dataset": "-odd.txt"}],
     "dataset_text_field": [{"dataset_text_field": "my column"}, {"dataset_text_field": "--text"}],

@@ -17,9 +17,11 @@ PACKAGE = ROOT / "optimum_blockprune"
 # A module imports modules of lower rows only. `__init__` loads the public names on first use and stands outside.
 LAYERS = (
     ("errors",),
+    ("half",),
     ("json_values",),
     ("plan_rules", "report_rules", "widths"),
     ("joining",),
+    ("plan_changes",),
     # values, and tools that know neither models nor configurations
     ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
     + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files", "racing")
@@ -34,7 +36,7 @@ LAYERS = (
     ("card",),
     # one live model, and what is measured on its hidden states
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
-    ("benchmark_tasks", "file_weights", "generation", "per_layer"),
+    ("benchmark_tasks", "file_weights", "forms", "generation", "halves", "per_layer"),
     ("estimators", "ica", "runner", "skeleton", "tasks", "template"),
     ("passes", "streaming"),
     ("fingerprints", "loading"),
@@ -44,7 +46,7 @@ LAYERS = (
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
     ("output_bounds", "signals"),
-    ("network_scores",),
+    ("asked", "network_scores"),
     # strategies decide, the others execute; they meet in the plan
     (
         "choosing",
@@ -71,14 +73,15 @@ DEFERRED = {
     ("plan", "architectures"),
     ("plan", "checkpoint"),
     ("plan", "gate"),
+    ("plan", "runner"),
     ("registry", "strategies.base"),
 }
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
 LIGHT = ("__init__", "commands", "errors", "flags", "json_values", "joining", "plan", "plan_rules", "recipe")
-LIGHT += ("interrupts", "processes", "registry", "report", "report_rules", "widths")
+LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report", "report_rules", "widths")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
-CHOOSERS = ("choosing", "width_task")
+CHOOSERS = ("asked", "choosing", "width_task")
 MAX_FILE, MAX_FUNCTION = 350, 60
 
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -73,7 +73,7 @@ def test_a_plan_that_does_not_know_says_so(nested: bool | None) -> None:
 
 
 def test_width_has_no_prefix() -> None:
-    with pytest.raises(PlanError, match="Only a plan that removes whole blocks"):
+    with pytest.raises(PlanError, match="Only a plan that removes blocks"):
         toy_pruner(strategy="magnitude").make_plan().truncate(1)
 
 

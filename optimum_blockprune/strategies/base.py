@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CalibrationError
+from ..half import Half, Removal, Unit, name_of, removals, sorted_halves
 from ..plan import PruningPlan
 from ..widths import Narrowing, UnitGroup, Width
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from ..memory import BatchSize
     from ..runner import BlockRunner
     from ..team import Team
+
+
+# What is removed: whole blocks, or pairs of half-blocks that are neighbours among those that are left.
+BLOCK, HALF_BLOCK = "block", "half_block"
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class SearchContext:
         provenance: Descriptive fields of the plan that the strategy need not know about.
         width: The task of a strategy that removes units of width; `None` for one that removes blocks.
         unit_scores: Filled by `width_plan`: the score of every unit, by place.
+        unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
     """
@@ -115,6 +121,7 @@ class SearchContext:
     provenance: Mapping[str, Any]
     width: WidthTask | None = None
     unit_scores: dict[Place, list[float]] = field(default_factory=dict)
+    unit: str = BLOCK
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
     _size: BatchSize = field(init=False, repr=False, compare=False)
@@ -229,6 +236,16 @@ class SearchContext:
         removed = max(score for unit, score in enumerate(scores) if unit not in kept)
         return {**line, "highest_removed": removed, "lowest_kept": min(scores[unit] for unit in kept)}
 
+    def removals(self, gone: Sequence[Unit] = ()) -> list[Removal]:
+        """What may go next, in order: a block, or two neighbouring halves.
+
+        Args:
+            gone: What went before.
+        """
+        if self.unit == HALF_BLOCK:
+            return removals(self.runner.num_blocks, gone, self.removable)
+        return [block for block in self.removable if block not in gone]
+
     def require_windows(self) -> CalibrationWindows:
         """Returns the calibration windows, or raises `CalibrationError` when there are none."""
         if self.windows is None:
@@ -237,9 +254,9 @@ class SearchContext:
 
     def plan(
         self,
-        removed: Iterable[int],
+        removed: Iterable[Removal | Half],
         *,
-        scores: Mapping[int, float] | None = None,
+        scores: Mapping[Removal, float] | None = None,
         steps: Sequence[Mapping[str, Any]] = (),
         details: Mapping[str, Any] | None = None,
         nested: bool | None = None,
@@ -248,25 +265,29 @@ class SearchContext:
         """Builds the plan that removes `removed` (original indices, in the order of removal).
 
         Args:
-            removed: The chosen blocks.
+            removed: The chosen blocks, or pairs of halves.
             scores: Score of every block, measured on the dense model.
             steps: One JSON object per decision.
             details: Further figures for the report.
             nested: Whether a smaller budget would have removed a prefix of `removed`; see `PruningPlan.truncate`.
             smaller: If not: what it would have removed, by number of blocks.
         """
-        return PruningPlan.from_removed(
-            num_blocks=self.runner.num_blocks,
-            removed=removed,
-            nested=nested,
-            smaller={str(count): tuple(blocks) for count, blocks in (smaller or {}).items()},
-            scores={str(block): score for block, score in (scores or {}).items()},
-            steps=tuple(steps),
-            details=dict(details or {}),
-            options=asdict(self.options),
-            seed=self.seed,
+        removed = list(removed)
+        fields = {
+            "num_blocks": self.runner.num_blocks,
+            "nested": nested,
+            "scores": {str(name_of(each)): score for each, score in (scores or {}).items()},
+            "steps": tuple(steps),
+            "details": dict(details or {}),
+            "options": asdict(self.options),
+            "seed": self.seed,
             **self.provenance,
-        )
+        }
+        if not all(isinstance(each, int) for each in removed):
+            halves = sorted_halves(removed)
+            return PruningPlan.from_halves(removed=halves, halves=self.runner.halves.names(), **fields)
+        smaller = {str(count): tuple(blocks) for count, blocks in (smaller or {}).items()}
+        return PruningPlan.from_removed(removed=removed, smaller=smaller, **fields)
 
 
 def _alone() -> Team:
@@ -281,6 +302,7 @@ class PruningStrategy(ABC):
     Class attributes:
         name: The entry-point name.
         unit: What is removed: `"block"`, or `"width"` (channels and heads).
+        units: Of a strategy that removes blocks: what it can remove, `"block"` and perhaps `"half_block"`.
         Options: A frozen dataclass; its fields are what `strategy_options` may hold. `__post_init__` may raise
             `ConfigurationError` for impossible values.
         needs_data: Whether calibration windows must be given.
@@ -289,7 +311,8 @@ class PruningStrategy(ABC):
     """
 
     name: ClassVar[str]
-    unit: ClassVar[str] = "block"
+    unit: ClassVar[str] = BLOCK
+    units: ClassVar[tuple[str, ...]] = (BLOCK,)
     Options: ClassVar[type] = NoOptions
     needs_data: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = False

@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, PlanError
+from ..half import Unit, read_units, sorted_halves
 from ..plan import PruningPlan
-from .base import PruningStrategy, SearchContext
+from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 
 
 @dataclass(frozen=True)
@@ -16,20 +17,24 @@ class ManualOptions:
     """Options of the manual choice.
 
     Attributes:
-        blocks: Numbers of the blocks to remove, in the order of removal, such as `"3,7,8"`.
+        blocks: Numbers of the blocks to remove, in the order of removal, such as `"3,7,8"`; halves of blocks are
+            named like `"3.mlp,4.attention"`, and what is left of them must make up blocks.
     """
 
     blocks: str = ""
 
     def __post_init__(self) -> None:
         try:
-            self.numbers()
-        except ValueError:
-            raise ConfigurationError(f"blocks={self.blocks!r} of manual must be numbers such as '3,7,8'.") from None
+            self.units()
+        except PlanError:
+            raise ConfigurationError(
+                f"blocks={self.blocks!r} of manual must be numbers such as '3,7,8', or halves such as "
+                "'3.mlp,4.attention'."
+            ) from None
 
-    def numbers(self) -> tuple[int, ...]:
-        """The block numbers."""
-        return tuple(int(part) for part in self.blocks.split(",") if part.strip())
+    def units(self) -> tuple[Unit, ...]:
+        """The blocks and halves."""
+        return read_units(self.blocks.split(","))
 
 
 class Manual(PruningStrategy):
@@ -38,13 +43,15 @@ class Manual(PruningStrategy):
     name: ClassVar[str] = "manual"
     Options: ClassVar[type] = ManualOptions
     needs_data: ClassVar[bool] = False
+    units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
 
     def select(self, context: SearchContext) -> PruningPlan:
         """See the class. Raises `ConfigurationError` when their number is not the budget."""
-        blocks = context.options.numbers()
-        if len(blocks) != context.num_remove:
+        named = context.options.units()
+        count = len(sorted_halves(named)) / 2
+        if count != context.num_remove:
             raise ConfigurationError(
                 f"The budget is {context.num_remove} blocks, but blocks={context.options.blocks!r} names "
-                f"{len(blocks)}: set num_blocks={len(blocks)}."
+                f"{count:g}: set num_blocks={count:g}."
             )
-        return context.plan(blocks, nested=True)
+        return context.plan(named, nested=True)

@@ -7,8 +7,9 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..half import Removal, sorted_halves
 from ..plan import PruningPlan
-from .base import PruningStrategy, SearchContext
+from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 from .ranking import FAMILY_CHOICES, check_choice
 
 
@@ -38,6 +39,7 @@ class Random(PruningStrategy):
     name: ClassVar[str] = "random"
     Options: ClassVar[type] = RandomOptions
     needs_data: ClassVar[bool] = False
+    units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
 
     @classmethod
     def unit_of(cls, options: RandomOptions) -> str:
@@ -53,8 +55,17 @@ class Random(PruningStrategy):
         """See the class."""
         generator = random.Random(context.seed)
         if context.width is None:
-            # Shuffled whole: a smaller budget takes a prefix of the same order.
-            order = generator.sample(context.removable, len(context.removable))
-            return context.plan(order[: context.num_remove], nested=True)
+            return _blocks(context, generator)
         kept = {place: generator.sample(range(place.units), place.keep) for place in context.width.free}
         return context.width_plan(kept)
+
+
+def _blocks(context: SearchContext, generator: random.Random) -> PruningPlan:
+    if context.unit == BLOCK:
+        # Shuffled whole: a smaller budget takes a prefix of the same order.
+        order = generator.sample(context.removable, len(context.removable))
+        return context.plan(order[: context.num_remove], nested=True)
+    removed: list[Removal] = []
+    for _ in range(context.num_remove):
+        removed.append(generator.choice(context.removals(sorted_halves(removed))))
+    return context.plan(removed, nested=True)

@@ -15,11 +15,12 @@ from torch import Tensor
 from ..batches import Batch, CalibrationWindows
 from ..branching import Branches, Measured, head_losses
 from ..errors import ConfigurationError, NonFiniteError, nearest
+from ..half import Removal, Unit, blocks_off, name_of, units_of
 from ..losses import perplexity_of, predicted
 from ..passes import branches, in_order_of_blocks
 from ..plan import PruningPlan
 from ..racing import CELL, Tally, cells_of, looks, shared_error
-from .base import PruningStrategy, SearchContext
+from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 
 
 logger = logging.get_logger("optimum.blockprune.sleb")
@@ -86,6 +87,7 @@ class SLEB(PruningStrategy):
     name: ClassVar[str] = "sleb"
     Options: ClassVar[type] = SLEBOptions
     needs_loss: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
     protect_first: ClassVar[int] = 1
     protect_last: ClassVar[int] = 1
 
@@ -93,9 +95,9 @@ class SLEB(PruningStrategy):
         """See the class. Raises `NonFiniteError` when the dense model has no finite loss."""
         search = _Search(context)
         dense: float | None = None
-        removed: list[int] = []
+        removed: list[Removal] = []
         steps: list[dict[str, Any]] = []
-        scores: dict[int, float] = {}
+        scores: dict[Removal, float] = {}
         for number in range(1, context.num_remove + 1):
             losses, dropped = search.step(removed, f"SLEB {number}/{context.num_remove}", with_dense=dense is None)
             dense = losses.pop(None, dense)
@@ -104,10 +106,15 @@ class SLEB(PruningStrategy):
             best = min(losses, key=losses.__getitem__)
             removed.append(best)
             loss = losses[best]
-            step = {"block": best, "loss": loss, "perplexity": perplexity_of(loss), "candidates": _named(losses)}
+            step = {
+                "block": name_of(best),
+                "loss": loss,
+                "perplexity": perplexity_of(loss),
+                "candidates": _named(losses),
+            }
             steps.append({**step, "dropped": _named(dropped)} if search.looks else step)
             logger.info(
-                f"SLEB {number}/{context.num_remove}: removed block {best}; loss {loss:.4f}, perplexity "
+                f"SLEB {number}/{context.num_remove}: removed block {name_of(best)}; loss {loss:.4f}, perplexity "
                 f"{perplexity_of(loss):.2f} (dense {perplexity_of(dense):.2f})"
             )
         details = {"objective": "nll", "dense_loss": dense, "naive_block_forwards": search.naive_block_forwards}
@@ -134,17 +141,18 @@ class _Search:
             self._branches.check(next(iter(self.windows.batches(1))).beginning())
 
     def step(
-        self, removed: list[int], title: str, *, with_dense: bool
-    ) -> tuple[dict[int | None, float], dict[int, int]]:
+        self, removed: list[Removal], title: str, *, with_dense: bool
+    ) -> tuple[dict[Removal | None, float], dict[Removal, int]]:
         """Measures all candidates of a step.
 
         Returns:
             The loss (nats per prediction, all windows) by candidate, key `None` is the model as it is, where asked;
             and for those that a race dropped the number of tokens that it took.
         """
-        candidates = [block for block in self.context.removable if block not in removed]
+        off = _units(removed)
+        candidates = self.context.removals(off)
         tally = Tally([*candidates, *([None] if with_dense else [])])
-        dropped: dict[int, int] = {}
+        dropped: dict[Removal, int] = {}
         self._branches.begin(removed)
         batches = [math.ceil(part.num_windows / self.context.batch_size) for part in self._parts]
         with self.context.progress(sum(batches) * len(tally.sums), title) as bar:
@@ -154,20 +162,20 @@ class _Search:
                 done += batches[number - 1] * len(tally.sums)
                 if number < len(self._parts):
                     measured = len(tally.sums)
-                    dropped.update(self._losers(tally, removed, len(candidates)))
+                    dropped.update(self._losers(tally, off, len(candidates)))
                     done += sum(batches[number:]) * (measured - len(tally.sums))
                 # What was read back, or measured by another process, counts as done.
                 bar.update(max(0, done - bar.n))
-        self._count_naive(len(candidates), removed, with_dense)
-        return self._finite(tally.means(), removed), dropped
+        self._count_naive(candidates, off, with_dense)
+        return self._finite(tally.means(), off), dropped
 
-    def _measure(self, number: int, removed: list[int], tally: Tally, update: Callable[[], Any]) -> None:
+    def _measure(self, number: int, removed: list[Removal], tally: Tally, update: Callable[[], Any]) -> None:
         """Adds part `number` of the windows to the tally."""
         part, wanted = self._parts[number - 1], list(tally.sums)
         place = (len(removed) + 1, number)
 
         def measure(size: int) -> dict[str, Tensor]:
-            losses = self._losses(place, removed, wanted, size, update)
+            losses = self._losses(place, _units(removed), wanted, size, update)
             return {} if losses is None else {"losses": losses}  # an empty share does not know their shape
 
         found = self.context.measured(f"sleb-{place[0]}-{place[1]}", measure)["losses"]
@@ -177,8 +185,8 @@ class _Search:
     def _losses(
         self,
         place: tuple[int, int],
-        removed: list[int],
-        wanted: list[int | None],
+        off: list[Unit],
+        wanted: list[Removal | None],
         size: int,
         update: Callable[[], Any],
     ) -> Tensor | None:
@@ -186,7 +194,7 @@ class _Search:
         part = self._parts[place[1] - 1]
         sums: Tensor | None = None
         self._branches.cut(size)
-        for start, block, losses in self._measured(place[1], self.context.batches(size, part), removed, wanted):
+        for start, block, losses in self._measured(place[1], self.context.batches(size, part), off, wanted):
             cells = cells_of(losses)
             if sums is None:
                 # On the device of the losses: reading a value after each candidate would stall a GPU.
@@ -197,30 +205,30 @@ class _Search:
         return sums
 
     def _measured(
-        self, part: int, batches: Iterable[tuple[int, Batch]], removed: list[int], wanted: Sequence[int | None]
-    ) -> Iterator[tuple[int, int | None, Tensor]]:
+        self, part: int, batches: Iterable[tuple[int, Batch]], off: list[Unit], wanted: Sequence[Removal | None]
+    ) -> Iterator[tuple[int, Removal | None, Tensor]]:
         """The first window of a batch, a candidate and the losses without it."""
         runner, naive = self.context.runner, self.context.options.search == "naive"
         if in_order_of_blocks(runner) and not naive:
-            for start, batch, block, reached in branches(runner, batches, removed, wanted):
+            for start, batch, block, reached in branches(runner, batches, off, wanted):
                 yield start, block, head_losses(runner, batch, reached)
             return
         for start, batch in batches:
             if naive:
-                measured = self._naive(batch, removed, wanted)
+                measured = self._naive(batch, off, wanted)
             else:
-                measured = self._branches.losses(batch, (part, start), removed, wanted)
+                measured = self._branches.losses(batch, (part, start), off, wanted)
             for block, losses in measured:
                 yield start, block, losses
 
-    def _naive(self, batch: Batch, removed: list[int], wanted: Sequence[int | None]) -> Iterator[Measured]:
-        for block in wanted:
-            off = removed if block is None else [*removed, block]
-            yield block, self.context.runner.nll(batch, off)[0].view(1, 1)
+    def _naive(self, batch: Batch, off: list[Unit], wanted: Sequence[Removal | None]) -> Iterator[Measured]:
+        for removal in wanted:
+            without = off if removal is None else [*off, *units_of(removal)]
+            yield removal, self.context.runner.nll(batch, without)[0].view(1, 1)
 
-    def _losers(self, tally: Tally, removed: list[int], candidates: int) -> dict[int, int]:
+    def _losers(self, tally: Tally, off: list[Unit], candidates: int) -> dict[Removal, int]:
         """Takes those that cannot win any more out of the tally; returns them with the number of tokens seen."""
-        finite = self._finite(tally.means(), removed)
+        finite = self._finite(tally.means(), off)
         error = shared_error(self.context.options.confidence, candidates, len(self.looks))
         tried = [block for block in finite if block is not None]
         stay = {None, *tally.contenders(tried, error, self.windows.num_windows)}
@@ -230,24 +238,27 @@ class _Search:
             del tally.sums[block]
         return {block: tally.tokens for block in gone if block in finite}
 
-    def _count_naive(self, candidates: int, removed: list[int], with_dense: bool) -> None:
-        alive = self.context.runner.num_blocks - len(removed)
-        spent = candidates * (alive - 1) + (alive if with_dense else 0)
+    def _count_naive(self, candidates: list[Removal], off: list[Unit], with_dense: bool) -> None:
+        """A block of which one half is on counts like a whole one."""
+        runs = [[*off, *units_of(removal)] for removal in candidates] + ([off] if with_dense else [])
+        spent = sum(self.context.runner.num_blocks - len(blocks_off(run)) for run in runs)
         self.naive_block_forwards += spent * self.windows.num_windows
 
-    def _finite(self, means: dict[int | None, float], removed: list[int]) -> dict[int | None, float]:
+    def _finite(self, means: dict[Removal | None, float], off: list[Unit]) -> dict[Removal | None, float]:
         """Drops candidates without a finite loss; raises when the model itself or all of them have none."""
         finite = {block: loss for block, loss in means.items() if math.isfinite(loss)}
         lost = [block for block in means if block not in finite]
         if None in lost or not set(finite) - {None}:
             for batch in self.windows.batches(self.context.batch_size):
-                self.context.runner.diagnose(batch, removed)
+                self.context.runner.diagnose(batch, off)
+            without = ", ".join(map(str, off)) or "nothing"
             raise NonFiniteError(
-                f"The loss is NaN or infinite although every block's output is finite (without {removed}): the "
+                f"The loss is NaN or infinite although every block's output is finite (switched off: {without}): the "
                 "final norm or the head overflows. Load the model in another dtype."
             )
         if lost:
-            logger.warning(f"Without block {lost} the loss is not finite; not removing any of these in this step.")
+            names = [name_of(removal) for removal in lost]
+            logger.warning(f"Without block {names} the loss is not finite; not removing any of these in this step.")
         return finite
 
 
@@ -259,6 +270,10 @@ def _parts(windows: CalibrationWindows, looks: Sequence[int], seed: int) -> list
     return [windows.part(order[begin:end]) for begin, end in zip((0, *looks), (*looks, len(order)), strict=True)]
 
 
+def _units(removed: Sequence[Removal]) -> list[Unit]:
+    return [unit for removal in removed for unit in units_of(removal)]
+
+
 def _named(values: dict[Any, Any]) -> dict[str, Any]:
     """By name: JSON objects have string keys."""
-    return {str(block): value for block, value in values.items()}
+    return {str(name_of(removal)): value for removal, value in values.items()}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans made from plans: cut short, or joined with the one that was made for what the first leaves.
+
+`plan` uses this module and documents both; the plans that come here are values that it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import PlanError
+from .half import Half
+from .joining import composed
+from .widths import Width
+
+
+def truncated(plan: Any, num_blocks: int) -> Any:
+    """See `PruningPlan.truncate`."""
+    most = plan.num_removed
+    if plan.width or not most:
+        raise PlanError("Only a plan that removes blocks or half-blocks, and nothing else, can be cut short.")
+    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or not 0 <= num_blocks <= most:
+        raise PlanError(f"This plan removes {most} blocks; {num_blocks!r} is not a number from 0 to {most}.")
+    if num_blocks == most:
+        return plan
+    details: dict[str, Any] = {"truncated_from": most}
+    steps: tuple[Mapping[str, Any], ...] = ()
+    order, smaller = plan.removed_blocks[:num_blocks], {}
+    if plan.removed_halves and not plan.nested:
+        raise PlanError("Half-blocks that were not removed one pair after the other cannot be cut short.")
+    if plan.nested:
+        steps = plan.steps[:num_blocks] if len(plan.steps) == most else ()
+        details = {**plan.details, **details}
+    elif num_blocks:
+        if str(num_blocks) not in plan.smaller:
+            raise PlanError(
+                f"This plan of '{plan.strategy}' does not say what it would have removed for {num_blocks} blocks: "
+                f"choose again with num_blocks={num_blocks}."
+            )
+        order = plan.smaller[str(num_blocks)]
+        smaller = {count: blocks for count, blocks in plan.smaller.items() if int(count) < num_blocks}
+    provenance = {**vars(plan), "steps": steps, "details": details, "smaller": smaller}
+    provenance["requested"] = {"num_blocks": num_blocks}
+    for name in ("model_type", "num_blocks", "blocks", "removed_blocks", "removed_halves", "halves"):
+        del provenance[name]
+    if plan.removed_halves and num_blocks:
+        halves = map(Half.read, plan.removed_halves[: 2 * num_blocks])
+        return type(plan).from_halves(plan.model_type, plan.num_blocks, halves, plan.halves, **provenance)
+    return type(plan).from_removed(plan.model_type, plan.num_blocks, order if num_blocks else (), **provenance)
+
+
+def followed(first: Any, second: Any) -> Any:
+    """See `PruningPlan.then`."""
+    theirs = (second.model_type, second.stack, second.num_blocks)
+    if theirs != (first.model_type, first.stack, len(first.blocks)):
+        raise PlanError(
+            f"The second plan is for {second.num_blocks} blocks of '{second.model_type}' ({second.stack}); the "
+            f"first leaves {len(first.blocks)} of '{first.model_type}' ({first.stack})."
+        )
+    if first.removed_halves or second.removed_halves:
+        raise PlanError("A plan that removes half-blocks is not joined with another one; prune into two folders.")
+    kept = first.kept_blocks
+    gone = (*first.removed_blocks, *(kept[block] for block in second.removed_blocks))
+    parts = [part for plan in (first, second) for part in plan.parts()]
+    blocks = tuple(kept[block] for block in second.kept_blocks)
+    # What the second plan removes whole need not agree in width with what it narrows.
+    width = composed(composed(first.width, Width(), blocks), second.width, kept)
+    return type(first).from_removed(
+        first.model_type,
+        first.num_blocks,
+        gone,
+        width=width,
+        stack=first.stack,
+        strategy="+".join(part["strategy"] for part in parts),
+        base_model=first.base_model,
+        requested={},
+        details={"parts": parts},
+        calibration=first.calibration or second.calibration,
+        seed=first.seed,
+        versions=second.versions or first.versions,
+    )
