@@ -158,7 +158,7 @@ class BlockPruningConfig(BaseConfig):
         no_budget = set(plan.requested) - set(BUDGET_FIELDS)
         if no_budget:
             raise ConfigurationError(f"The plan was asked for by {min(no_budget)!r}, which is no budget.")
-        unit = {"unit": "half_block"} if plan.removed_halves else {}
+        unit = {"unit": plan.details["unit"]} if "unit" in plan.details else {}
         fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit}
         return cls(plan.strategy, **plan.requested, **fields)
 

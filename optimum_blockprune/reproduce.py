@@ -126,7 +126,7 @@ def _made_with(plan: PruningPlan, recipe: Recipe) -> bool:
     chosen = (plan.strategy, plan.seed) == (recipe.strategy, recipe.seed)
     options = all(plan.options.get(name) == value for name, value in (recipe.strategy_options or {}).items())
     width = not plan.width or plan.width.layout == recipe.layout
-    width = width and (recipe.unit == "half_block" or not plan.removed_halves)
+    width = width and (plan.details.get("unit", "block") == (recipe.unit or "block"))
     return chosen and options and width and recipe.stack in (None, plan.stack) and _same_text(plan.calibration, recipe)
 
 

@@ -52,6 +52,7 @@ def made_with(given: BlockPruningConfig, **changed: Any) -> PruningPlan:
         "stack": recipe.stack or "decoder",
         "calibration": calibration if recipe.dataset else None,
         "base_model": "org/dense",
+        "details": {"unit": recipe.unit} if recipe.unit == "half_block" else {},
     }
     return PruningPlan.from_removed("llama", 6, [4, 1], **{**known, **changed})
 

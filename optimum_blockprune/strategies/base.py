@@ -278,7 +278,8 @@ class SearchContext:
             "nested": nested,
             "scores": {str(name_of(each)): score for each, score in (scores or {}).items()},
             "steps": tuple(steps),
-            "details": dict(details or {}),
+            # Also where only whole blocks were chosen among the halves.
+            "details": {**({"unit": self.unit} if self.unit != BLOCK else {}), **(details or {})},
             "options": asdict(self.options),
             "seed": self.seed,
             **self.provenance,
