@@ -56,7 +56,7 @@ def target_layers(stack: BlockStack, names: Sequence[str] | None = None) -> dict
             "device, without stream=True."
         )
     uses: dict[int, int] = {}
-    for module in stack.model.modules():
+    for _, module in stack.model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     found = {

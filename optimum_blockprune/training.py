@@ -172,15 +172,15 @@ def train(
     progress = _Progress()
     with TemporaryDirectory() as nowhere:
         arguments = _arguments(spec, str(checkpoints or nowhere), student, keeps=checkpoints is not None)
-        trainer = HealingTrainer(student, arguments, _loader(windows, order, spec.batch_size), loss)
-        trainer.add_callback(progress)
         last = None if checkpoints is None else last_checkpoint(checkpoints)
         if last is not None:
             logger.info(f"Going on from '{last}'.")
         try:
+            trainer = HealingTrainer(student, arguments, _loader(windows, order, spec.batch_size), loss)
+            trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"A checkpoint cannot be written below '{checkpoints}': {error}.") from error
+            raise OutputError(f"A checkpoint cannot be written or read below '{checkpoints}': {error}.") from error
         finally:
             progress.close()
     real = torch.ones(windows.input_ids.shape) if windows.attention_mask is None else windows.attention_mask

@@ -67,6 +67,8 @@ LAYERS = (
     ("publishing",),
     ("healing",),
     ("pruner",),
+    ("shell_parts",),
+    ("shell_heal",),
     ("run", "shell"),
 )
 # Imports inside a function that point upwards: shortcuts for the user, and what only a command or a plug-in needs.
