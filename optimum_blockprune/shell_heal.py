@@ -10,6 +10,7 @@ from .config import CONFIG_FILE, BlockPruningConfig
 from .errors import ConfigurationError
 from .flags import given_settings
 from .healing_spec import HealingSpec
+from .plan import PruningPlan
 from .resuming import resumption
 from .shell_parts import load_pruner, print_result, show_progress
 from .shell_text import healed
@@ -25,7 +26,8 @@ def heal(args: Namespace) -> None:
     saved = Path(args.model) / getattr(args, "subfolder", "") / CONFIG_FILE
     config = BlockPruningConfig.from_pretrained(saved) if saved.is_file() else BlockPruningConfig()
     pruner = load_pruner(args, config)
-    pruner.check_save(args.output, overwrite=args.overwrite, verify=args.verify)
+    whole = PruningPlan.from_blocks(pruner.model, ())  # the configuration's budget was spent already
+    pruner.check_save(args.output, plan=whole, overwrite=args.overwrite, verify=args.verify)
     with resumption(args.resume_dir, args.output) as kept:
         pruner.heal(args.dataset, teacher=args.teacher, resume_dir=kept, **settings)
         pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)

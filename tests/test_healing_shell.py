@@ -57,6 +57,14 @@ def test_a_pruned_folder_becomes_a_healed_one(folder: Path, capsys) -> None:
     assert not list(folder.glob(".*"))
 
 
+def test_a_budget_that_was_spent_does_not_count_again(folder: Path, capsys) -> None:
+    search = ["--strategy", "shortgpt", "--num-blocks", "4", "--protect-first", "0", "--protect-last", "0"]
+    data = ["--dataset", folder / "calibration.jsonl", "--num-samples", "4", "--seqlen", "16"]
+    run("run", "-m", folder / "dense", *search, *data, folder / "shallow")
+    run(*heal(folder, folder / "shallow-healed", source="shallow"))
+    assert PruningPlan.from_file(folder / "shallow-healed").num_removed == 4
+
+
 def test_the_command_of_the_card_does_it_again(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     output(capsys, *heal(folder, "--target-modules", "q_proj,v_proj", "--warmup", "2", folder / "first"))
     card = (folder / "first" / "README.md").read_text()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,20 @@ from optimum_blockprune.healing_spec import HealingSpec
 def test_what_is_impossible_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         HealingSpec.of(settings)
+
+
+def test_every_setting_and_its_default_is_described() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "healing.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    said = {
+        name: value.strip()
+        for names, values in rows
+        for name, value in zip(re.findall("`(\\w+)`", names), values.split(", "), strict=False)
+    }
+    assert {each.name for each in fields(HealingSpec)} - {"method"} <= said.keys() | {"use_chat_template"}
+    for each in fields(HealingSpec):
+        if isinstance(each.default, (int, float)) and not isinstance(each.default, bool):
+            assert float(said[each.name]) == each.default, each.name
 
 
 def test_every_setting_has_a_help_text_and_what_was_changed_is_known() -> None:
