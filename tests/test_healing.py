@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from families import block_path, plain_logits, random_ids, tiny_model
+from hub_server import HubServer
+from huggingface_hub import HfApi
 from lessons import QUICK, cycles, pruned_toy, weights
 from peft import LoraConfig, inject_adapter_in_model
 from toys import TEXTS, assert_same_weights, assert_unchanged, config, snapshot, toy_folder, word_tokenizer
@@ -362,6 +364,23 @@ def test_a_healed_folder_is_pruned_and_healed_again(tmp_path: Path) -> None:
     assert third.report.healing == [] and len(third.report.history[0]["healing"]) == 2
     card = (tmp_path / "third" / "README.md").read_text()
     assert "its weights were trained afterwards" in card and "Nothing was trained afterwards" in card
+
+
+def test_a_pruned_repository_is_healed(hub: HubServer, tmp_path: Path) -> None:
+    pruned_toy().push_to_hub("me/pruned")
+    pruner = BlockPruner.from_pretrained("me/pruned", config())
+    pruner.heal(cycles(), **QUICK)
+    assert pruner.plan.removed_blocks == (2, 3) and pruner.report.strategy == "manual"
+    pruner.save_pretrained(tmp_path / "healed")
+    # Without the report there is the plan; without the plan there is nothing to go by.
+    HfApi().delete_file("pruning_report.json", "me/pruned")
+    silent = BlockPruner.from_pretrained("me/pruned", config())
+    silent.heal(cycles(), **QUICK)
+    silent.save_pretrained(tmp_path / "silent")
+    assert (tmp_path / "silent" / "README.md").is_file()
+    HfApi().delete_file("pruning_plan.json", "me/pruned")
+    with pytest.raises(PlanError, match="no plan in the repository 'me/pruned'"):
+        BlockPruner.from_pretrained("me/pruned", config()).heal(cycles(), **QUICK)
 
 
 def test_what_was_pruned_to_unlike_widths_is_healed(tmp_path: Path) -> None:
