@@ -35,6 +35,7 @@ from .ledger import Ledger
 from .loading import load_model, records_beside
 from .losses import perplexity_of
 from .plan import PruningPlan
+from .processes import launched
 from .publishing import Publishing
 from .report import PruningReport
 from .reproduce import healing_command
@@ -102,7 +103,8 @@ class Healing(Publishing):
         require_peft()
         if teacher is not None and spec.method != "distill":
             raise ConfigurationError("teacher only counts together with method='distill'.")
-        if Team.current().size > 1:
+        # Trainer would wait for processes that a launcher has started, joined or not.
+        if max(Team.current().size, launched()) > 1:
             raise ConfigurationError("Healing trains in one process: start it without torchrun or accelerate launch.")
         plan, report = self._pruned_before()
         lesson = self._lesson(dataset, spec, plan, report, teacher)

@@ -253,6 +253,13 @@ def test_settings_and_text_are_checked_before_anything_runs() -> None:
     assert pruner.report.healing == []
 
 
+def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = pruned_toy()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="trains in one process: start it without torchrun"):
+        pruner.heal(cycles(), **QUICK)
+
+
 def test_padded_layouts_are_refused() -> None:
     pruner = BlockPruner(tiny_model("llama"), config("magnitude", layout="padded"), word_tokenizer())
     pruner.prune()
