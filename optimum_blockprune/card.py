@@ -17,6 +17,7 @@ from .card_text import (
     counted,
     fenced,
     figure,
+    healing_words,
     megabytes,
     model_name,
     paragraphs,
@@ -96,10 +97,10 @@ def _lead(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
     base = model_name(direct_base(plan, report), loaded=direct_repo(plan, report) is not None)
     saved = report.achieved.get("parameters_removed")
     size = f", so that it has {percent(saved)} fewer parameters" if saved is not None else ""
-    yield (
-        f"This is {base} with {_removed(plan)} removed by {_TOOL}{size}. Nothing was trained afterwards. “Dense” is "
-        "the model before that."
-    )
+    trained = "Its weights were trained afterwards." if report.healings else "Nothing was trained afterwards."
+    yield f"This is {base} with {_removed(plan)} removed by {_TOOL}{size}. {trained} “Dense” is the model before that."
+    if report.healing:
+        yield plain(f"{'. '.join(map(healing_words, report.healing))}.")
     yield degeneration(report)
 
 
@@ -247,9 +248,10 @@ def _runtimes(runtimes: Mapping[str, Any]) -> str:
 
 
 def _limits(report: PruningReport) -> str:
+    trained = "with a short training" if report.healings else "without any training"
     lines = [
-        "Pruning made the model smaller without any training to make up for it; expect it to be worse than the dense "
-        "model, also where it was not measured.",
+        f"Pruning made the model smaller {trained} to make up for it; expect it to be worse than the dense model, "
+        "also where it was not measured.",
         *(f"Not evaluated: {name}." for name in [", ".join(missing(report))] if name),
         "Not evaluated: facts, reasoning, long texts, languages, safety and bias, beyond the figures above.",
         "Limits and intended use of the dense model hold for this one as well.",

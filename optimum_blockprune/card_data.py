@@ -34,7 +34,7 @@ def card_data(plan: PruningPlan, report: PruningReport, *, title: str) -> ModelC
     results = [*_perplexities(report), *_tasks(report)]
     return ModelCardData(
         base_model=base,
-        # The Hub knows adapter, finetune, merge and quantized; the body says that nothing was trained.
+        # The Hub knows adapter, finetune, merge and quantized; the body says whether anything was trained.
         base_model_relation="finetune" if base else None,
         language=_languages(report) or None,
         **_licence(plan, report),
@@ -106,8 +106,9 @@ def licence_link(plan: PruningPlan, report: PruningReport) -> str | None:
 
 
 def _datasets(plan: PruningPlan, report: PruningReport) -> list[str]:
-    """What the model was pruned on; what it was measured on is in the results."""
-    found = [hub_text(each["source"]) for each in calibrations(plan, report) if each.get("source")]
+    """What the model was pruned and trained on; what it was measured on is in the results."""
+    texts = [*calibrations(plan, report), *report.healings]
+    found = [hub_text(each["source"]) for each in texts if each.get("source")]
     return list(dict.fromkeys(each[0] for each in found if each))
 
 

@@ -11,7 +11,7 @@ from .card_data import calibrations, direct_base, direct_repo, licence_link
 from .card_text import FAMILIES, HUB, code, counted, fenced, figure, hub_text, last_part, model_name, plain, text_name
 from .plan import PruningPlan
 from .report import PruningReport
-from .reproduce import PLACEHOLDER, apply_command
+from .reproduce import PLACEHOLDER, PRUNED, apply_command
 
 
 _PROOFS = {
@@ -19,6 +19,8 @@ _PROOFS = {
     "switched off.",
     "keys": "The names and shapes of the written checkpoint were checked; its outputs were not.",
 }
+
+_HEALED = "The written checkpoint was loaded again and gave the outputs of the trained model in memory."
 
 
 def again(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
@@ -28,10 +30,11 @@ def again(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
     base = direct_base(plan, report)
     applied = apply_command(plan.with_provenance(base_model=base), loading=loading)
     if report.command and report.command != applied:
-        yield "This command makes the same checkpoint:"
+        yield f"This command makes the same checkpoint{_before(report)}:"
         yield fenced(report.command, "shell")
     if applied:
-        yield "`pruning_plan.json` in this folder says what stays. It makes the same weights without data and search:"
+        weights = f"the same weights{_before(report)}"
+        yield f"`pruning_plan.json` in this folder says what stays. It makes {weights} without data and search:"
         yield fenced(applied, "shell")
     else:
         yield (
@@ -47,7 +50,22 @@ def again(plan: PruningPlan, report: PruningReport) -> Iterator[str | None]:
         hub_text(str(each.get("source"))) for each in calibrations(plan, report)
     ):
         yield "The calibration text is a file that is not in this folder; its fingerprint tells whether another is it."
+    yield from _trained(report)
     yield "\n".join(f"- {line}" for line in _settings(plan, report))
+
+
+def _before(report: PruningReport) -> str:
+    return " as it was before the training" if report.healings else ""
+
+
+def _trained(report: PruningReport) -> Iterator[str | None]:
+    """How the training is done again; other machines round differently, so the weights will not be the same bits."""
+    for entry in report.healings:
+        if entry.get("command"):
+            yield f"This command trains the result alike; `{PRUNED}` stands for its folder:"
+            yield fenced(entry["command"], "shell")
+        else:
+            yield "It was then trained on text in memory, so that no command does it again."
 
 
 def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
@@ -62,9 +80,14 @@ def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
         yield f"Calibration text: {_calibration(each)}"
     if not calibrations(plan, report):
         yield "Calibration text: none was used"
+    for entry in report.healings:
+        settings = {"steps": entry["steps"], **(entry.get("settings") or {})}
+        yield f"Trained by {code(entry['method'])}: {_pairs(settings)}"
+        yield f"Training text: {_calibration(entry)}"
     if report.verification:
         mode = report.verification.get("mode")
-        yield f"Proof: {_PROOFS.get(mode, 'passed.') if report.verification.get('passed') else 'none was made.'}"
+        proofs = {**_PROOFS, "logits": _HEALED} if report.healings else _PROOFS
+        yield f"Proof: {proofs.get(mode, 'passed.') if report.verification.get('passed') else 'none was made.'}"
     if report.versions:
         yield f"Versions: {_versions(report.versions)}"
     if plan.versions and dict(plan.versions) != report.versions:
@@ -121,7 +144,8 @@ def _earlier(entry: Mapping[str, Any]) -> str:
     ]
     tool = (entry.get("versions") or {}).get("optimum-blockprune")
     by = f" by {code(entry.get('strategy', 'unknown'))}" + (f" (optimum-blockprune {plain(tool)})" if tool else "")
-    return f"{model_name(entry.get('base_model'))} lost {' and '.join(gone) or 'nothing'}{by}"
+    trained = ", and its weights were trained afterwards" if entry.get("healing") else ""
+    return f"{model_name(entry.get('base_model'))} lost {' and '.join(gone) or 'nothing'}{by}{trained}"
 
 
 def _licence(plan: PruningPlan, report: PruningReport) -> str:

@@ -170,14 +170,17 @@ def depths(report: PruningReport) -> str | None:
     if not report.depths:
         return None
     columns = {name: each for name, each in _DEPTH_COLUMNS.items() if any(name in row for row in report.depths)}
-    rows = [_depth_row(each, columns, len(report.removed_units)) for each in report.depths]
+    # What was trained since is at no depth.
+    here = None if report.healings else len(report.removed_units)
+    rows = [_depth_row(each, columns, here) for each in report.depths]
     measured = next((each for each in report.depths if "perplexity" in each), None)
     text = f", measured on {_text(measured)}: {figure(measured.get('tokens'))} tokens scored" if measured else ""
-    intro = f"The same search at other depths{text}. The row of this model is bold."
+    mine = "The row of this model is bold." if here is not None else "All of them are from before the training."
+    intro = f"The same search at other depths{text}. {mine}"
     return paragraphs(intro, table([title for title, _ in columns.values()], rows, left=0))
 
 
-def _depth_row(entry: Mapping[str, Any], columns: Mapping[str, Any], here: int) -> list[str]:
+def _depth_row(entry: Mapping[str, Any], columns: Mapping[str, Any], here: int | None) -> list[str]:
     cells = [spell(entry.get(name)) for name, (_, spell) in columns.items()]
     return [f"**{cell}**" for cell in cells] if entry.get("removed") == here else cells
 
@@ -185,7 +188,7 @@ def _depth_row(entry: Mapping[str, Any], columns: Mapping[str, Any], here: int) 
 def missing(report: PruningReport) -> list[str]:
     """What was not measured of the pruned model, in words."""
     mine = [each for each in report.evaluations if each.get("label") == "pruned"]
-    here = [each for each in report.depths if each.get("removed") == len(report.removed_units)]
+    here = [each for each in report.depths if each.get("removed") == len(report.removed_units) and not report.healings]
     measured = {
         "perplexity": any("perplexity" in each for each in (*mine, *here)),
         "KL divergence from the dense model": any(each.get("kl") is not None for each in mine),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,21 @@ def picture(name: str, words: str) -> str:
 def paragraphs(*parts: str | None) -> str:
     """Joins what is there by blank lines."""
     return "\n\n".join(part for part in parts if part)
+
+
+def healing_words(entry: Mapping[str, Any]) -> str:
+    """One training after pruning, in plain words."""
+    learned = {
+        "lora": "to predict the next token",
+        "distill": "to predict what the dense model does",
+    }.get(entry["method"], entry["method"])
+    tokens = f" ({counted(entry['tokens'], 'token')})" if entry.get("tokens") is not None else ""
+    change = [figure(entry.get(f"perplexity_{when}")) for when in ("before", "after")]
+    fate = "" if entry["kept"] else "; that did not help, and the weights are those from before"
+    return (
+        f"{counted(entry['steps'], 'step')} of training {learned} on {text_name(entry['source'])}{tokens} took the "
+        f"perplexity on held-out windows of that text from {change[0]} to {change[1]}{fate}"
+    )
 
 
 def hub_id(name: str | None, *, loaded: bool = False) -> str | None:

@@ -21,6 +21,7 @@ from .flags import (
     TEXT_FIELDS,
     add_budgets,
     add_field,
+    add_healing,
     add_json,
     add_loading,
     add_model,
@@ -151,6 +152,28 @@ class ApplyCommand(ShellCommand):
         add_json(optional)
 
 
+class HealCommand(ShellCommand):
+    """Trains a pruned model a little, so that some of its quality returns, and writes the result."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declares the flags."""
+        required, optional = groups(parser)
+        add_model(required)
+        required.add_argument(
+            "--dataset",
+            required=True,
+            metavar="DATASET",
+            help="Text to train on: wikitext2, c4, alpaca, or the path of a .txt, .jsonl or .parquet file.",
+        )
+        add_output(required)
+        add_healing(optional)
+        add_resuming(optional)
+        add_loading(optional)
+        add_writing(optional)
+        add_json(optional)
+
+
 class EvaluateCommand(ShellCommand):
     """Measures perplexity, size and speed of a model, alone or beside the dense one."""
 
@@ -267,6 +290,7 @@ class BlockPruneCommand(BaseOptimumCLICommand):
         _info("run", RunCommand),
         _info("plan", PlanCommand),
         _info("apply", ApplyCommand),
+        _info("heal", HealCommand),
         _info("evaluate", EvaluateCommand),
         _info("check", CheckCommand),
         _info("push", PushCommand),

@@ -46,14 +46,14 @@ def run_fingerprint(stack: BlockStack, recipe: Recipe, windows: CalibrationWindo
         windows: The text that is measured on; `None` for a strategy that measures nothing.
     """
     return {
-        "model": _model(stack),
+        "model": model_fingerprint(stack),
         "data": None if windows is None else _data(windows),
         "recipe": _recipe(stack, recipe),
         "versions": {**_plug_in(recipe.strategy), **versions()},
     }
 
 
-def _model(stack: BlockStack) -> dict[str, Any]:
+def model_fingerprint(stack: BlockStack) -> dict[str, Any]:
     """The class, and hashes of the configuration and of the weights; dtypes in words, as they often differ."""
     model = stack.model
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}

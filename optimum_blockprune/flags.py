@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import ConfigurationError, PlanError
 from .half import read_units
+from .healing_spec import HealingSpec
 from .recipe import BUDGET_FIELDS, Recipe
 
 
@@ -58,6 +59,11 @@ def given_fields(args: Namespace) -> dict[str, Any]:
         if len(given["strategy_options"]) < len(pairs):
             raise ConfigurationError(f"--strategy-option names an option twice: {', '.join(key for key, _ in pairs)}.")
     return given
+
+
+def given_settings(args: Namespace) -> dict[str, Any]:
+    """Returns the settings of healing that were typed, by name."""
+    return {each.name: getattr(args, each.name) for each in fields(HealingSpec) if hasattr(args, each.name)}
 
 
 def model_arguments(args: Namespace) -> dict[str, Any]:
@@ -116,6 +122,26 @@ def add_resuming(group: Any) -> None:
         const=False,
         dest="resume_dir",
         help="Keep nothing, and use nothing that an interrupted run has left.",
+    )
+
+
+def add_healing(group: Any) -> None:
+    """Declares the text and one flag for every setting of healing."""
+    for setting in fields(HealingSpec):
+        if setting.name == "target_modules":
+            group.add_argument(
+                "--target-modules",
+                type=_name_list,
+                default=argparse.SUPPRESS,
+                metavar="NAME,...",
+                help=setting.metadata["help"],
+            )
+        else:
+            add_field(group, setting)
+    group.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="The dense model that --method distill learns from (default: the one that was pruned, if it is at hand).",
     )
 
 

@@ -20,24 +20,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.utils import logging
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import Layout, layout_for
-from .batches import Batch
+from .architectures import layout_for
 from .blocks import find_blocks
 from .caching import cache_error, relative_error
-from .errors import ConfigurationError, NonFiniteError, UnsupportedModelError, VerificationError, nearest
-from .inputs import probe_batch
+from .errors import ConfigurationError, UnsupportedModelError, VerificationError, nearest
+from .expectation import Expectation, expect, is_half, tolerance
 from .loading import load_model
-from .narrowing import width_off
-from .per_layer import as_plain, narrowed_class, refuse_own_widths
+from .per_layer import as_plain, narrowed_class
 from .plan import PruningPlan
 from .runner import BlockRunner
 from .skeleton import load_skeleton
@@ -50,73 +46,11 @@ logger = logging.get_logger("optimum.blockprune.gate")
 
 VERIFY_MODES = ("logits", "keys", "off")
 
-# Largest difference of logits, relative to the largest logit. Half precision differs between kernels (cached or not,
-# one device or another) by a few of its own rounding steps.
-_TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the dense model computes with the plan's blocks switched off.
-
-    Attributes:
-        plan: The plan.
-        batch: The probe.
-        logits: Its logits, on the CPU.
-        caches: Whether the dense model generates with a cache what it computes without one.
-    """
-
-    plan: PruningPlan
-    batch: Batch
-    logits: Tensor
-    caches: bool = True
-
 
 def check_mode(verify: str) -> None:
     """Raises `ConfigurationError` for an unknown `verify`."""
     if verify not in VERIFY_MODES:
         raise ConfigurationError(f"Unknown verify={verify!r}.{nearest(str(verify), VERIFY_MODES)}")
-
-
-def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
-    """Runs the dense model on a fixed random probe with the plan's blocks switched off; `model` is not changed."""
-    refuse_own_widths(model.config)
-    layout = layout_for(model, plan.stack)
-    layout.check(plan)
-    batch = probe_batch(model, layout)
-    runner = BlockRunner(model, plan.stack)
-    try:
-        with width_off(runner.stack.blocks, plan.width):
-            logits = runner.logits(batch, off=plan.removed_units).float().cpu()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UnsupportedModelError(
-            f"{layout.subject} does not run on made-up inputs, so that nothing can be proven: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    if not torch.isfinite(logits).all():
-        runner.diagnose(batch, off=plan.removed_units)
-        raise NonFiniteError("NaN or infinity in the logits although every block's output is finite.")
-    return Expectation(plan, batch, logits, _generates(model, layout, batch))
-
-
-def _generates(model: PreTrainedModel, layout: Layout, batch: Batch) -> bool:
-    """Whether there is a cache to hold against: the table knows some that are not exact, a trial tells of the rest."""
-    if not model.can_generate():
-        return False
-    reason = layout.uncached()
-    if reason is not None:
-        logger.info(f"{layout.subject}: generation with a KV cache is not compared, since {reason}, pruned or not.")
-        return False
-    try:
-        error = cache_error(model, batch, layout.stack, typical=_is_half(model))
-    except (IndexError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as failure:
-        logger.info(f"{layout.subject} does not generate with a KV cache before pruning either: {failure}")
-        return False
-    if error > _tolerance(model):
-        logger.info(f"{layout.subject} generates differently with a KV cache before pruning as well; not compared.")
-    return error <= _tolerance(model)
 
 
 def apply_proven(model: PreTrainedModel, plan: PruningPlan, expected: Expectation | None = None) -> Journal:
@@ -147,7 +81,7 @@ def prove_live(model: PreTrainedModel, expected: Expectation, *, typical: bool =
     Args:
         model: The pruned model.
         expected: What the dense model computed.
-        typical: Whether the median position counts instead of the worst one; see `_is_half`.
+        typical: Whether the median position counts instead of the worst one; see `is_half`.
     """
     plan = expected.plan
     blocks = len(find_blocks(model, plan.stack))
@@ -195,7 +129,7 @@ def prove_folder(
             reloaded = load_model(folder, stream=True, dtype=model.dtype, local_files_only=True, **place)
         _prove_weights(reloaded, model)
         # Other memory, other kernels: its weights, buffers and attributes are the live model's bit for bit by now.
-        prove_live(reloaded, expected, typical=_is_half(model))
+        prove_live(reloaded, expected, typical=is_half(model))
 
 
 def require_proof(model_or_config: Any, verify: str) -> None:
@@ -314,30 +248,24 @@ def _prove_logits(model: PreTrainedModel, expected: Expectation, *, typical: boo
         raise VerificationError(f"The pruned result failed the gate: its forward fails: {reason}.") from failure
     error = relative_error(logits, expected.logits, typical=typical)
     _require(
-        error <= _tolerance(model),
-        f"logits differ from the dense model with blocks [{', '.join(expected.plan.removed_names)}] switched off by "
-        f"{error:.2g} of the largest logit",
+        error <= tolerance(model),
+        f"logits differ from {expected.of or _silenced(expected.plan)} by {error:.2g} of the largest logit",
     )
+
+
+def _silenced(plan: PruningPlan) -> str:
+    return f"the dense model with blocks [{', '.join(plan.removed_names)}] switched off"
 
 
 def _prove_cache(model: PreTrainedModel, expected: Expectation) -> None:
     try:
-        error = cache_error(model, expected.batch, expected.plan.stack, typical=_is_half(model))
+        error = cache_error(model, expected.batch, expected.plan.stack, typical=is_half(model))
     except (IndexError, RuntimeError, ValueError) as failure:
         raise VerificationError(f"The pruned model does not generate with a KV cache: {failure}") from failure
     _require(
-        error <= _tolerance(model),
+        error <= tolerance(model),
         f"generation with a KV cache differs from generation without one by {error:.2g} of the largest logit",
     )
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    return _TOLERANCE.get(model.dtype, 2e-4)
-
-
-def _is_half(model: PreTrainedModel) -> bool:
-    """Whether two kernels that compute the same may differ by so much that a token goes to another expert."""
-    return model.dtype in (torch.float16, torch.bfloat16)
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from optimum.utils import logging
 from safetensors import SafetensorError
 from transformers import (
@@ -21,9 +22,10 @@ from transformers import (
 )
 
 from .architectures import layout_for
-from .errors import BlockPruningError, ConfigurationError, UnsupportedModelError
+from .errors import BlockPruningError, ConfigurationError, PlanError, UnsupportedModelError
 from .per_layer import as_plain, has_own_widths, narrowed_class
 from .plan import PruningPlan
+from .report import REPORT_FILE, PruningReport
 from .streaming import load_streamed
 
 
@@ -112,6 +114,29 @@ def _plan_of(path: str | Path, kwargs: Mapping[str, Any]) -> PruningPlan:
     if Path(path).is_dir():
         return PruningPlan.from_file(Path(path) / kwargs.get("subfolder", ""))
     return PruningPlan.from_hub(path, revision=kwargs.get("revision"), token=kwargs.get("token"))
+
+
+def records_beside(path: str | Path, kwargs: Mapping[str, Any]) -> tuple[PruningPlan, PruningReport | None]:
+    """The plan of a pruned model and its report, if there is one, from the folder or repository of the model.
+
+    Args:
+        path, kwargs: What the model was loaded with.
+
+    Raises:
+        PlanError: There is no plan, or it is malformed.
+        CheckpointError: The report is malformed.
+    """
+    try:
+        plan = _plan_of(path, kwargs)
+    except EntryNotFoundError as error:
+        raise PlanError(f"There is no plan in the repository '{path}'.") from error
+    if Path(path).is_dir():
+        folder = Path(path) / (kwargs.get("subfolder") or "")
+        return plan, PruningReport.from_file(folder) if (folder / REPORT_FILE).is_file() else None
+    try:
+        return plan, PruningReport.from_hub(path, revision=kwargs.get("revision"), token=kwargs.get("token"))
+    except EntryNotFoundError:
+        return plan, None
 
 
 def class_for(config: Any, *, remote_code: bool) -> type:

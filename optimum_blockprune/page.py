@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .card_text import FAMILIES, HUB, counted, hub_id, last_part, megabytes, percent, text_name
+from .card_text import FAMILIES, HUB, counted, healing_words, hub_id, last_part, megabytes, percent, text_name
 from .page_parts import (
     Html,
     folded,
@@ -90,9 +90,12 @@ def _lead(report: PruningReport) -> Iterator[Html]:
     yield paragraph(
         "A language model is a stack of similar layers, called blocks, that text passes one after the other. Pruning "
         "takes out whole blocks, or parts of each (its width), so that the model gets smaller and faster and usually "
-        "somewhat worse. “Dense” is the model before pruning. Nothing was trained afterwards.",
+        "somewhat worse. “Dense” is the model before pruning."
+        + ("" if report.healing else " Nothing was trained afterwards."),
         kind="note",
     )
+    if report.healing:
+        yield paragraph(f"{'. '.join(map(healing_words, report.healing))}.")
     if not can_draw():
         hint = tag("code", "pip install 'optimum-blockprune[report]'")
         yield paragraph("There are no pictures because matplotlib is not installed: ", hint, kind="note")
@@ -216,11 +219,15 @@ def _listed(value: Any) -> list[str]:
 
 def _again(report: PruningReport) -> Iterator[Html | None]:
     if report.command:
-        yield paragraph("This command makes the same checkpoint again:")
+        before = " as it was before the training" if report.healings else ""
+        yield paragraph(f"This command makes the same checkpoint again{before}:")
         yield tag("pre", tag("code", report.command), class_="wrap")
     else:
         yield paragraph("The plan in this folder, applied to the dense model in memory, gives the same again:")
         yield tag("pre", tag("code", "PruningPlan.from_file('pruning_plan.json').apply(model)"))
+    for command in (entry.get("command") for entry in report.healings):
+        yield paragraph("This command trains it alike:" if command else "It was trained on text in memory.")
+        yield tag("pre", tag("code", command), class_="wrap") if command else None
     chosen = report.calibration or {}
     source = chosen.get("source")
     options = ", ".join(f"{name}={value}" for name, value in report.options.items() if value is not None)

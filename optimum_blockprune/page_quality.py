@@ -151,7 +151,8 @@ def depths(report: PruningReport) -> Iterator[Html]:
     head = ("blocks removed", "blocks left", "parameters", "MB", "perplexity", "tokens/s written", "repeated 4-grams")
     shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
     here = [entry.get("removed") for entry in report.depths]
-    marked = here.index(len(report.removed_units)) if len(report.removed_units) in here else None
+    mine = len(report.removed_units)
+    marked = here.index(mine) if mine in here and not report.healings else None
     yield table(
         [head[place] for place in shown], [[row[place] for place in shown] for row in rows], left=0, marked=marked
     )

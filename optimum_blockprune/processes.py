@@ -53,6 +53,11 @@ def run_with_others(work: Callable[[], None], args: Namespace, *, shared: bool) 
         work()
 
 
+def launched() -> int:
+    """How many processes a launcher started along with this one, itself among them."""
+    return _number(_SIZE, 1)
+
+
 def first_says_the_same(error: BaseException) -> bool:
     """Whether this is not the first process, and the first one failed with the same words, which it prints."""
     failures: dict[int, str] = getattr(error, "blockprune_failures", {})

@@ -20,9 +20,9 @@ from .config import BlockPruningConfig
 from .errors import ConfigurationError
 from .evaluation import size_of
 from .gate import Expectation, check_mode
+from .healing import Healing
 from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
 from .plan import PruningPlan
-from .publishing import Publishing
 from .records import record
 from .report import PruningReport
 from .resuming import Resumption, resumption
@@ -37,7 +37,7 @@ Configs = BlockPruningConfig | Sequence[BlockPruningConfig]
 ResumeDir = str | Path | bool | Resumption | None
 
 
-class BlockPruner(Publishing):
+class BlockPruner(Healing):
     """Removes transformer blocks from a model and proves that the result is right.
 
     Args:
@@ -260,6 +260,7 @@ class BlockPruner(Publishing):
             self.plan, self._expected, journal = apply_in_order(self.model, makers, self.report)
             record(self.report, self.plan, sizes, self.model, **self._origin())
             self.report.device = str(self.model.device)
+            self.report.healing = []  # of an earlier pruning, which the history tells
             if save_dir is not None:
                 self.save_pretrained(save_dir, overwrite=overwrite, verify=verify)
         except BaseException:

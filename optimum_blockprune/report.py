@@ -54,6 +54,10 @@ class PruningReport:
             `license_name`, `license_link`, `language` (list of codes), `card` (where these were read).
         history: Earlier prunings of the dense model, oldest first: their `block_pruning` entries.
         command: The command line that makes the same checkpoint again.
+        healing: One entry per training after pruning: `method`, `steps`, `tokens` (seen), `seconds`,
+            `perplexity_before` and `perplexity_after` on `held_out_windows` windows, `kept` (whether the model got the
+            trained weights), the text (`source`, `fingerprint`, `windows` trained on, `seqlen`), `teacher`,
+            `settings`, `command`, `versions`.
         depths: One entry per measured depth of one order of removal, the dense model first: `removed`, `blocks`,
             `parameters`, `size_bytes` and, where text was given, what `evaluate` measures.
         evaluations: Every evaluation with its settings and token counts, in order.
@@ -90,6 +94,7 @@ class PruningReport:
     base: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = None
+    healing: list[dict[str, Any]] = field(default_factory=list)
     depths: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     task_results: list[dict[str, Any]] = field(default_factory=list)
@@ -99,6 +104,11 @@ class PruningReport:
     def removed_units(self) -> list[int | str]:
         """What went, one entry per block's worth, in the order of removal: 4, or `"4.mlp+5.attention"`."""
         return pair_names(self.removed_halves) or list(self.removed_blocks)
+
+    @property
+    def healings(self) -> list[dict[str, Any]]:
+        """The trainings that the weights come from."""
+        return [entry for entry in self.healing if entry.get("kept")]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -156,3 +166,10 @@ class PruningReport:
             return cls.from_dict(read_json(path, CheckpointError))
         except CheckpointError as error:
             raise CheckpointError(f"'{path}' is no readable pruning report: {error}") from error
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> PruningReport:
+        """Downloads `pruning_report.json` of a pruned model on the Hub and reads it."""
+        from huggingface_hub import hf_hub_download
+
+        return cls.from_file(hf_hub_download(repo_id, REPORT_FILE, revision=revision, token=token))

@@ -40,13 +40,17 @@ _BASE |= {"license": _LANGUAGES, "language": _LANGUAGES}
 _TASK = {"task": str} | _all(_TEXT, "label primary source dataset") | _all(_FIGURE, "samples num_fewshot")
 _HISTORY = _all(_TEXT, "strategy base_model") | {"removed_blocks": list[int] | None, "num_blocks": _FIGURE}
 _HISTORY |= {"versions": Mapping[str, Any] | None, "units": _UNITS | None}
+_HEALING = {"method": str, "kept": bool, "source": str, "steps": float}
+_HEALING |= _all(_FIGURE, "tokens seconds perplexity_before perplexity_after held_out_windows windows seqlen")
+_HEALING |= _all(_TEXT, "fingerprint teacher command") | {"settings": Mapping[str, Any] | None}
 _STEP = _all(_FIGURE, "loss perplexity") | {"block": int | str | None}
 _WIDTH = {"units": list[int | None] | float | None, "kept": list[int | None] | None}
 
 _OBJECTS = {"achieved": _ACHIEVED, "calibration": _CALIBRATION, "base": _BASE, "verification": _all(_TEXT, "mode")}
 _LISTS = {"evaluations": _EVALUATION, "depths": _EVALUATION, "history": _HISTORY, "steps": _STEP}
+_LISTS |= {"healing": _HEALING}
 _LISTS |= {"task_results": {**_TASK, "metrics": Mapping[str, float | None]}}
-_NEEDED = {"task_results": ("task",)}
+_NEEDED = {"task_results": ("task",), "healing": ("method", "kept", "source", "steps")}
 _MAPPINGS = {"runtimes": _all(_TEXT, "verdict reason"), "widths": _WIDTH}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card_text import hub_id, hub_text
+from .healing_spec import HealingSpec
 from .plan import PLAN_FILE, PruningPlan
 from .recipe import BUDGET_FIELDS, Recipe
 from .text import HUB_DATASETS
@@ -18,7 +19,7 @@ from .text import HUB_DATASETS
 if TYPE_CHECKING:
     from .config import BlockPruningConfig
 
-PLACEHOLDER = "BASE_MODEL"
+PLACEHOLDER, PRUNED = "BASE_MODEL", "PRUNED_MODEL"
 _LINE_LENGTH = 100
 
 # How a model is loaded, as far as it changes the result; a token is nobody else's business.
@@ -77,6 +78,26 @@ def apply_command(
         return None
     words = ["optimum-cli blockprune apply", *_model(plan, loading, _APPLY_LOADING)]
     return _wrapped([*words, ("--plan", PLAN_FILE), ("OUTPUT",)])
+
+
+def healing_command(spec: HealingSpec, dataset: Any, teacher: str | None = None) -> str | None:
+    """The line that trains a pruned checkpoint alike; `None` for text in memory.
+
+    Args:
+        spec: How it was trained.
+        dataset: The text.
+        teacher: The dense model whose predictions were learned.
+    """
+    text = _dataset(dataset)
+    if text is None:
+        return None
+    flags: _Flags = [("--teacher", hub_id(teacher) or PLACEHOLDER)] if teacher else []
+    for name, value in spec.changed.items():
+        if name == "target_modules":
+            flags.append((_flag(name), ",".join(value)))
+        elif name != "save_steps":
+            flags.append((_flag(name),) if value is True else _valued(_flag(name), str(value)))
+    return _wrapped(["optimum-cli blockprune heal", ("-m", PRUNED), *text, *flags, ("OUTPUT",)])
 
 
 def _model(plan: PruningPlan, loading: Mapping[str, Any], names: Iterable[str]) -> _Flags:

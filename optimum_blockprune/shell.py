@@ -6,23 +6,18 @@ Results go to stdout, as text or with `--json` as one JSON object; logs and prog
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from optimum.utils import logging
 from transformers import GenerationConfig
 
 from .asked import num_to_remove, removes
 from .checking import check_config
 from .config import BlockPruningConfig
-from .errors import ConfigurationError, OutputError
+from .errors import ConfigurationError
 from .evaluation import EvaluationSpec, size_of
 from .flags import given_fields, model_arguments
 from .half import read_units, sorted_halves
@@ -38,6 +33,8 @@ from .registry import available_strategies
 from .report import PruningReport
 from .resuming import Resumption, resumption
 from .saving import check_output
+from .shell_heal import heal  # noqa: F401
+from .shell_parts import load_pruner, print_result, show_progress, writing
 from .shell_text import depth_table, described, listed, narrowed, removed, summary, table
 from .team import Team
 
@@ -48,10 +45,10 @@ _EVALUATION_FIELDS = ("batch_size", "dataset_text_field", "seqlen", "use_chat_te
 
 def run(args: Namespace) -> None:
     """Chooses blocks (or takes those of `--blocks`), prunes, proves and saves."""
-    _show_progress()
+    show_progress()
     _refuse_search_flags(args)
     Team.current().by_first(lambda: check_output(args.output, overwrite=args.overwrite))
-    pruner = _pruner(args, _config(args))
+    pruner = load_pruner(args, _config(args))
     _refuse_depths(args, pruner)
     stack = getattr(args, "stack", None)
     plan = PruningPlan.from_blocks(pruner.model, args.blocks, stack=stack) if args.blocks else None
@@ -75,7 +72,8 @@ def _carry_out(args: Namespace, pruner: BlockPruner, plan: PruningPlan | None, k
     pruner.prune(plan=plan, resume_dir=kept)
     team.by_first(lambda: _measure_now(args, pruner, text=not deep))
     pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)
-    _print(args, {"output": args.output, **pruner.report.to_dict()}, summary(pruner.report, pruner.plan, args.output))
+    text = summary(pruner.report, pruner.plan, args.output)
+    print_result(args, {"output": args.output, **pruner.report.to_dict()}, text)
 
 
 def _measure_now(args: Namespace, pruner: BlockPruner, *, text: bool) -> None:
@@ -110,7 +108,7 @@ def _export(args: Namespace, pruner: BlockPruner) -> None:
     head = "\n".join(
         f"{folder}: {listed(pruner.plan.truncate(n).removed_names)} removed" for n, folder in folders.items()
     )
-    _print(args, result, f"{head}\n{depth_table(pruner.report.depths)}")
+    print_result(args, result, f"{head}\n{depth_table(pruner.report.depths)}")
 
 
 def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
@@ -138,26 +136,26 @@ def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
 
 def plan(args: Namespace) -> None:
     """Chooses blocks and writes the plan."""
-    _show_progress()
+    show_progress()
     config = _config(args)
-    with _writing(args.output), TemporaryFile(dir=Path(args.output).absolute().parent):
+    with writing(args.output), TemporaryFile(dir=Path(args.output).absolute().parent):
         pass
-    pruner = _pruner(args, config)
+    pruner = load_pruner(args, config)
     with resumption(args.resume_dir, args.output) as kept:
         made = pruner.make_plan(resume_dir=kept)
         Team.current().by_first(lambda: _save_plan(args, made))
 
 
 def _save_plan(args: Namespace, made: PruningPlan) -> None:
-    with _writing(args.output):
+    with writing(args.output):
         path = made.save(args.output)
     text = f"{path}: {made.strategy} removes {removed(made)}"
-    _print(args, {"output": str(path), **made.to_dict()}, text)
+    print_result(args, {"output": str(path), **made.to_dict()}, text)
 
 
 def apply(args: Namespace) -> None:
     """Applies a plan to files."""
-    _show_progress()
+    show_progress()
     source, loading = split_gguf(args.model, model_arguments(args))
     if "gguf_file" in loading:
         raise ConfigurationError("apply rewrites safetensors; prune a GGUF file with: run --blocks I,J,...")
@@ -168,12 +166,12 @@ def apply(args: Namespace) -> None:
     path = chosen.apply_to_checkpoint(source, args.output, overwrite=args.overwrite, verify=args.verify, **loading)
     gone = [listed(chosen.removed_names), *narrowed(chosen)] if chosen.num_removed else narrowed(chosen)
     text = f"{path}: {len(chosen.blocks)} of {chosen.num_blocks} blocks, without {' and '.join(gone) or 'nothing'}"
-    _print(args, {"output": str(path), "removed_blocks": list(chosen.removed_blocks)}, text)
+    print_result(args, {"output": str(path), "removed_blocks": list(chosen.removed_blocks)}, text)
 
 
 def evaluate(args: Namespace) -> None:
     """Measures one model, or two side by side."""
-    _show_progress()
+    show_progress()
     _refuse_task_flags(args)
     if args.kl and args.baseline is None:
         raise ConfigurationError("--kl compares with another model: give --baseline MODEL.")
@@ -191,7 +189,7 @@ def evaluate(args: Namespace) -> None:
         results[label] = _measure(args, name, fields, baseline)
     if args.write_report:
         update_records(Path(args.model), lambda report: _add_results(report, results))
-    _print(args, results, table(results))
+    print_result(args, results, table(results))
 
 
 def _add_results(report: PruningReport, results: dict[str, dict[str, Any]]) -> None:
@@ -222,27 +220,27 @@ def check(args: Namespace) -> None:
         removed=args.blocks,
         remote_code=loading.get("trust_remote_code", False),
     )
-    _print(args, {"checks": [each.to_dict() for each in checks]}, "\n\n".join(map(described, checks)))
+    print_result(args, {"checks": [each.to_dict() for each in checks]}, "\n\n".join(map(described, checks)))
 
 
 def push(args: Namespace) -> None:
     """Uploads a folder."""
-    _show_progress()
+    show_progress()
     names = ("private", "token", "revision", "create_pr", "commit_message", "commit_description", "overwrite")
     commit = push_folder(args.folder, args.repo_id, **{name: getattr(args, name) for name in names})
     result = {"repo_id": args.repo_id, "commit_url": commit.commit_url, "commit": commit.oid, "pr_url": commit.pr_url}
-    _print(args, result, commit.pr_url or commit.commit_url)
+    print_result(args, result, commit.pr_url or commit.commit_url)
 
 
 def report(args: Namespace) -> None:
     """Draws pictures and page from a report."""
-    _show_progress()
+    show_progress()
     require()
     place = Path(args.folder)
     found = PruningReport.from_file(place)
     folder = place if place.is_dir() else place.parent
     target = Path(args.output or folder)
-    with _writing(target, "The report"):
+    with writing(target, "The report"):
         target.mkdir(parents=True, exist_ok=True)
         if args.output is None and (folder / PLAN_FILE).is_file():
             update_records(folder)
@@ -251,7 +249,7 @@ def report(args: Namespace) -> None:
             pictures = draw_pictures(found, target)
         page = write_page(found, target / PAGE_FILE, title=folder.resolve().name)
     files = [str(path) for path in (*pictures, page)]
-    _print(args, {"files": files}, "\n".join(files))
+    print_result(args, {"files": files}, "\n".join(files))
 
 
 def strategies(args: Namespace) -> None:
@@ -262,7 +260,7 @@ def strategies(args: Namespace) -> None:
         f"[{info.distribution} {info.version}]"
         for name, info in found.items()
     ]
-    _print(args, {name: vars(info) for name, info in found.items()}, "\n".join(lines))
+    print_result(args, {name: vars(info) for name, info in found.items()}, "\n".join(lines))
 
 
 def _config(args: Namespace) -> BlockPruningConfig:
@@ -277,10 +275,6 @@ def _config(args: Namespace) -> BlockPruningConfig:
     if args.config is None:
         return BlockPruningConfig(**given)
     return BlockPruningConfig.from_pretrained(args.config, **given)
-
-
-def _pruner(args: Namespace, config: BlockPruningConfig) -> BlockPruner:
-    return BlockPruner.from_pretrained(args.model, config, args.tokenizer, **model_arguments(args))
 
 
 def _refuse_search_flags(args: Namespace) -> None:
@@ -300,15 +294,6 @@ def _refuse_task_flags(args: Namespace) -> None:
     given = [name for name in ("limit", "num_fewshot") if getattr(args, name) is not None]
     if given and not args.tasks:
         raise ConfigurationError(f"--{given[0].replace('_', '-')} only counts together with --tasks.")
-
-
-@contextmanager
-def _writing(path: str | Path, what: str = "The plan") -> Iterator[None]:
-    """Explains why something cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{what} cannot be written to '{path}': {error}.") from error
 
 
 def _measure(args: Namespace, name: str, fields: dict[str, Any], baseline: Any) -> dict[str, Any]:
@@ -335,13 +320,3 @@ def _continuation(pruner: BlockPruner, prompt: str) -> str:
     greedy = GenerationConfig(do_sample=False, max_new_tokens=32, pad_token_id=pruner.tokenizer.pad_token_id or 0)
     output = pruner.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     return pruner.tokenizer.decode(output[0], skip_special_tokens=True)
-
-
-def _show_progress() -> None:
-    """The command line shows what the library only logs; the handler writes to stderr."""
-    if Team.current().is_first:
-        logging.set_verbosity_info()
-
-
-def _print(args: Namespace, result: dict[str, Any], text: str) -> None:
-    sys.stdout.write((json.dumps(result, indent=2) if args.json else text) + "\n")

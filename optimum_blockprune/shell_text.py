@@ -37,6 +37,17 @@ def summary(report: PruningReport, plan: PruningPlan, output: str) -> str:
     return "\n".join([*lines, *([depth_table(report.depths)] if report.depths else [])])
 
 
+def healed(report: PruningReport, output: str) -> str:
+    """What a healing did."""
+    entry = report.healing[-1]
+    change = f"{entry['perplexity_before']:.2f} -> {entry['perplexity_after']:.2f}"
+    fate = "" if entry["kept"] else "; it did not help, so the weights are those from before"
+    return (
+        f"{output}: {entry['steps']} steps of {entry['method']} on {entry['tokens']:,} tokens of {entry['source']}\n"
+        f"perplexity on {entry['held_out_windows']} held-out windows: {change}{fate}"
+    )
+
+
 def _score(entry: dict[str, Any]) -> str:
     """The metric to quote with its standard error."""
     name, metrics = entry.get("primary"), entry["metrics"]

@@ -43,6 +43,7 @@ FULL = {
     "base": {"model": "org/name", "license": "mit"},
     "history": [{"strategy": "random", "removed_blocks": [0]}],
     "command": "optimum-cli blockprune run -m org/name --num-blocks 1 OUTPUT",
+    "healing": [{"method": "lora", "kept": True, "source": "x", "steps": 3}],
     "depths": [{"removed": 0, "blocks": 2}],
     "evaluations": [{"perplexity": 3.0, "tokens": 9}],
     "task_results": [{"label": "dense", "task": "piqa", "metrics": {"acc": 0.5}}],

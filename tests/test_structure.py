@@ -18,7 +18,7 @@ PACKAGE = ROOT / "optimum_blockprune"
 LAYERS = (
     ("errors",),
     ("half",),
-    ("json_values",),
+    ("healing_spec", "json_values"),
     ("plan_rules", "report_rules", "widths"),
     ("joining",),
     ("plan_changes",),
@@ -41,7 +41,8 @@ LAYERS = (
     ("passes", "streaming"),
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
-    + ("branching", "joint_networks", "layer_stream", "units"),
+    + ("adapters", "branching", "joint_networks", "layer_stream", "units"),
+    ("expectation", "training"),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
@@ -64,7 +65,10 @@ LAYERS = (
     ("depths", "sequence", "source"),
     ("checkpoint", "measuring", "streamed_saving"),
     ("publishing",),
+    ("healing",),
     ("pruner",),
+    ("shell_parts",),
+    ("shell_heal",),
     ("run", "shell"),
 )
 # Imports inside a function that point upwards: shortcuts for the user, and what only a command or a plug-in needs.
@@ -79,6 +83,7 @@ DEFERRED = {
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
 LIGHT = ("__init__", "commands", "errors", "flags", "json_values", "joining", "plan", "plan_rules", "recipe")
 LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report", "report_rules", "widths")
+LIGHT += ("healing_spec",)
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
 CHOOSERS = ("asked", "choosing", "width_task")
