@@ -41,7 +41,7 @@ LAYERS = (
     ("passes", "streaming"),
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
-    + ("branching", "joint_networks", "layer_stream", "units"),
+    + ("branching", "half_choice", "joint_networks", "layer_stream", "units"),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
