@@ -329,5 +329,7 @@ def _matters(block: nn.Module, halves: BlockHalves, run: Run, whole: Tensor) -> 
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    given = [*args, *kwargs.values()]
-    return next(value for value in given if isinstance(value, Tensor))
+    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if found is None:
+        raise TypeError("a module of a half must be called with a tensor")
+    return found
