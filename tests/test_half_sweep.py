@@ -27,7 +27,7 @@ CAUSAL = [subject for subject in SUBJECTS if subject.group == "causal"]
 # One of each way in which attention and MLP come together, or do not.
 REDUCED = ("afmoe", "deepseek_v3", "gpt2", "gpt_neo", "llama4_text", "lfm2", "qwen3_moe#sparse_step_2")
 REDUCED += ("minimax", "modernbert-decoder")
-REFUSED = ("cohere2", "dbrx", "falcon_h1", "gemma3n_text", "gpt_neox", "mamba")
+REFUSED = ("cohere2", "dbrx", "doge", "falcon_h1", "gemma3n_text", "gpt_neox", "mamba")
 # Their residual stream goes through the norm in front of a half: off is what hands its input on, norm and all.
 NORMED = ("minimax",)
 PAIRS = ((1, 2), (3, 4))
