@@ -24,6 +24,9 @@ from .widths import Narrowing, Width
 
 logger = logging.get_logger("optimum.blockprune.choosing")
 
+# For messages: the strategies of this package that search half-blocks.
+KNOW_HALVES = "sleb, mi_prun, shortgpt, angular, functional_network with option unit=block"
+
 
 def asked_for(
     recipe: Recipe, strategy: PruningStrategy, options: Any, stack: BlockStack
@@ -31,7 +34,10 @@ def asked_for(
     """The task of a strategy of width; else the blocks that may go, and how many have to. Tried on the model."""
     if strategy.unit_of(options) == "width":
         if recipe.unit is not None:
-            raise ConfigurationError(f"unit={recipe.unit!r} is for strategies that remove blocks; leave it out.")
+            raise ConfigurationError(
+                f"unit={recipe.unit!r} is for strategies that remove blocks ({KNOW_HALVES}); '{recipe.strategy}' "
+                "removes channels and heads here, whose scores rank no blocks. Leave it out."
+            )
         task = width_task(stack, recipe, type(strategy), options)
         check_plan(stack.model, _any_width(stack.layout, task))
         return task, (), 0
@@ -48,7 +54,7 @@ def _check_unit(recipe: Recipe, strategy: PruningStrategy) -> None:
     if recipe.unit is not None and recipe.unit not in strategy.units:
         raise ConfigurationError(
             f"'{recipe.strategy}' does not remove half-blocks: leave unit={recipe.unit!r} out, or choose another "
-            "strategy (sleb)."
+            f"strategy ({KNOW_HALVES})."
         )
 
 

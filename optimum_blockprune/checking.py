@@ -24,7 +24,8 @@ from .units import find_units
 from .widths import FAMILIES
 
 
-_NOT_YET = "not in this version"
+# An empty model cannot be run, and halves are found by running blocks.
+_TRIED = "tried on the weights, before any text is read: attention and MLP must add to the residual stream one after the other"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Check:
         stack: `"decoder"` or `"encoder"`; `None` where there is nothing to prune.
         num_blocks: Number of blocks; `None` where it is not known.
         units: What can be removed: `"block"`, `"half_block"`, `"mlp"` (channels), `"attention"` (heads), each with
-            `"yes"` or the reason why not. Of width, what an ordinary checkpoint can hold; it is tried on the weights.
+            `"yes"` or the reason why not; of half-blocks, the reason or that it is tried on the weights. Of width, what an ordinary checkpoint can hold; it is tried on the weights.
         search: Whether a search may choose blocks: `"yes"` or the reason why they have to be named.
         removable: Blocks that may go, one at a time or together.
         protected: Blocks that stay, with the reason.
@@ -106,11 +107,12 @@ def _check_stack(
     config: PretrainedConfig, kind: Kind, stack: str, removed: tuple[int, ...] | None, remote_code: bool
 ) -> Check:
     known: dict[str, Any] = {"model_type": config.model_type, "class_name": kind.class_name, "stack": stack}
-    units = {"half_block": _NOT_YET}
+    units: dict[str, str] = {}
     try:
         layout = layout_for(config, stack)
         known |= {"num_blocks": layout.num_blocks, "evidence": "proven" if layout.proven else "gate"}
         blocks = find_blocks(_empty_model(config, kind, remote_code), stack)
+        units |= {"half_block": _halves_of(blocks)}
         units |= {family: _width_of(blocks, family) for family in FAMILIES}
         if removed is not None:
             plan = PruningPlan.from_removed(layout.model_type, layout.num_blocks, removed, stack=stack)
@@ -125,7 +127,7 @@ def _check_stack(
             )
         allowed = {block: _why_not(blocks, block) for block in range(layout.num_blocks)}
     except UnsupportedModelError as error:
-        return Check(**known, units={"block": str(error), **units})
+        return Check(**known, units={"block": str(error), "half_block": str(error), **units})
     return _summed_up(layout, known, units, allowed)
 
 
@@ -161,6 +163,16 @@ def _named_only(
         cache=layout.uncached(),
         runtimes=_runtimes_of_singles(layout, singles),
     )
+
+
+def _halves_of(blocks: BlockStack) -> str:
+    """Why blocks have no halves, as far as an empty model tells; else that it is tried."""
+    for number, block in enumerate(blocks.blocks):
+        if any(True for _ in block.parameters(recurse=False)):
+            return f"block {number} holds weights outside its modules, which belong to neither half"
+        if len(list(block.children())) < 2:
+            return f"block {number} is one module, not attention and MLP"
+    return _TRIED
 
 
 def _width_of(blocks: BlockStack, family: str) -> str:

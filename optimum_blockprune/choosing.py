@@ -28,7 +28,7 @@ from .recipe import Recipe
 from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
-from .strategies.base import BLOCK, HALF_BLOCK, Place, SearchContext, WidthTask
+from .strategies.base import BLOCK, HALF_BLOCK, Place, PruningStrategy, SearchContext, WidthTask
 from .surgery import check_plan
 from .tasks import fitted, row_inputs
 from .team import Team
@@ -73,8 +73,7 @@ def choose(
     stack = find_blocks(model, recipe.stack)
     task, removable, num_remove = asked_for(recipe, strategy, options, stack)
     runner = BlockRunner(model, recipe.stack)
-    if recipe.unit == HALF_BLOCK:
-        runner.halves.names()  # refuses a model without halves before any text is read
+    _require_halves(runner, recipe, strategy)
     windows = _calibrate(stack, recipe, tokenizer, report)
     if (team := Team.current()).size > 1:
         for name, described in run_fingerprint(stack, recipe, windows).items():
@@ -101,6 +100,14 @@ def choose(
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
+
+
+def _require_halves(runner: BlockRunner, recipe: Recipe, strategy: PruningStrategy) -> None:
+    """Refuses a model without halves before any text is read, if they are wanted."""
+    if recipe.unit == HALF_BLOCK:
+        runner.halves.names()
+        if strategy.needs_data and not strategy.needs_loss:
+            runner.halves.shown()  # hidden states are measured, also those between halves
 
 
 def _ledger(stack: BlockStack, recipe: Recipe, windows: CalibrationWindows, keep: Keep) -> Ledger | None:

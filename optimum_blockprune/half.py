@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .errors import PlanError
@@ -89,6 +90,56 @@ def removals(num_blocks: int, gone: Collection[Unit], free: Collection[int]) -> 
     return [pair[0].block if pair[0].block == pair[1].block else pair for pair in pairs]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A model as a row of pieces, with a boundary of the residual stream before each and one behind the last.
+
+    Attributes:
+        num_blocks: Number of blocks of the dense model.
+        per_block: Pieces of each block: 1 where blocks go, 2 where halves may (A0 M0 A1 M1 ...). Any run of pieces
+            whose length is a multiple of it can go: what is left makes up blocks.
+    """
+
+    num_blocks: int
+    per_block: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces."""
+        return self.num_blocks * self.per_block
+
+    @property
+    def boundaries(self) -> int:
+        """Number of boundaries."""
+        return self.pieces + 1
+
+    def free(self, blocks: Iterable[int]) -> list[int]:
+        """The pieces of some blocks, ascending."""
+        return [self.per_block * block + part for block in sorted(blocks) for part in range(self.per_block)]
+
+    def starts(self, blocks: Iterable[int], count: int) -> list[int]:
+        """Where the runs of pieces begin that are worth `count` blocks and lie within `blocks`."""
+        free, length = set(self.free(blocks)), self.per_block * count
+        return [start for start in sorted(free) if free.issuperset(range(start, start + length))]
+
+    def removals(self, pieces: Sequence[int]) -> list[Removal]:
+        """What goes with the pieces of some runs, run after run: blocks, or pairs of halves."""
+        if self.per_block == 1:
+            return list(pieces)
+        halves = [Half(piece // 2, PARTS[piece % 2]) for piece in pieces]
+        pairs = zip(halves[::2], halves[1::2], strict=True)
+        return [pair[0].block if pair[0].block == pair[1].block else pair for pair in pairs]
+
+    def name(self, piece: int) -> int | str:
+        """A run by its first piece: `4` where it begins with a block, `"4.mlp"` where within one."""
+        block, part = divmod(piece, self.per_block)
+        return str(Half(block, PARTS[part])) if part else block
+
+    def scores(self, values: Sequence[float]) -> dict[Removal, float]:
+        """What goes at each start, with the value of that start."""
+        return {self.removals(range(at, at + self.per_block))[0]: value for at, value in enumerate(values)}
+
+
 def halves_of(units: Iterable[Unit]) -> set[Half]:
     """All halves of some blocks and halves."""
     return {half for unit in units for half in ([unit] if isinstance(unit, Half) else [Half(unit, p) for p in PARTS])}
@@ -116,6 +167,13 @@ def sorted_halves(removed: Iterable[Removal | Half]) -> list[Half]:
         else:
             found += [Half(each, part) for part in PARTS] if isinstance(each, int) else each
     return found
+
+
+def names_of(removed: Sequence[Removal | Half]) -> tuple[int | str, ...]:
+    """How a plan lists them: by number where all are blocks, else all by their halves."""
+    if all(isinstance(each, int) for each in removed):
+        return tuple(removed)
+    return tuple(map(str, sorted_halves(removed)))
 
 
 def read_units(names: Iterable[int | str | Half]) -> tuple[Unit, ...]:

@@ -10,7 +10,8 @@ order in which they run, and every place to cut this order in two is tried. It i
 * without its MLP half, its output does not depend on the modules of that half, and the other way round;
 * one half after the other gives, bit for bit, what the whole block gives.
 
-A half is off when its last module returns zeros. Where no cut passes, the block has no halves: attention and MLP side
+A half is off when its last module returns zeros. The stream in the middle, x1, is what enters the first module of the
+MLP half: that is seen, too, and not assumed. Where no cut passes, the block has no halves: attention and MLP side
 by side (parallel residual), norms behind the residual sum, learned weights on the residual path.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,10 +55,12 @@ class BlockHalves:
     Attributes:
         attention: Those of the attention half.
         mlp: Those of the MLP half.
+        shown: Whether the first module of the MLP half is called with the stream between the halves, bit for bit.
     """
 
     attention: tuple[Child, ...]
     mlp: tuple[Child, ...]
+    shown: bool = True
 
     def of(self, half: str) -> tuple[Child, ...]:
         """The children of a half."""
@@ -123,7 +126,45 @@ def learn_halves(blocks: nn.ModuleList, forward: Callable[[], Any]) -> tuple[Blo
         if found[number] is None and number in arguments:
             # A half that adds nothing does not show where it begins; in a block like the others it begins there.
             found[number] = next((each for each in known if _fits(block, each, arguments[number])), None)
-    return tuple(found)
+    return tuple(
+        None if halves is None else replace(halves, shown=_shown(block, halves, arguments[number]))
+        for number, (block, halves) in enumerate(zip(blocks, found, strict=True))
+    )
+
+
+def _shown(block: nn.Module, halves: BlockHalves, arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> bool:
+    """Whether the stream in the middle enters the first module of the MLP half, once in a run."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), evaluating(block):
+        with half_off(block, halves, MLP):
+            middle = _run(block, *arguments)
+        with middle_watched(block, halves, lambda hidden: seen.append(hidden.clone())):
+            _run(block, *arguments)
+    return len(seen) == 1 and torch.equal(seen[0], middle)
+
+
+@contextmanager
+def middle_watched(block: nn.Module, halves: BlockHalves, visit: Callable[[Tensor], None]) -> Iterator[None]:
+    """Shows the stream between the halves of a block whenever it runs.
+
+    Args:
+        block: A live block.
+        halves: Its halves.
+        visit: Called with [B, S, d], the shape of what enters the block, also where the block flattens it (OPT).
+    """
+    shapes: list[torch.Size] = []
+
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        shapes[:] = [incoming_hidden(args, kwargs).shape]
+
+    def middle(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = _first_tensor(args, kwargs)
+        visit(hidden.reshape(shapes[0]) if hidden.numel() == shapes[0].numel() else hidden)
+
+    with hooks() as hook:
+        hook(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hook(block.get_submodule(halves.mlp[0].name).register_forward_pre_hook(middle, with_kwargs=True))
+        yield
 
 
 def _fits(block: nn.Module, halves: BlockHalves, arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> bool:
@@ -165,6 +206,21 @@ class KnownHalves:
             raise UnsupportedModelError(
                 f"{self._stack.layout.subject}: block {block} has no halves that add to the residual stream one after "
                 "the other (attention and MLP side by side, or norms behind the sum). Remove whole blocks."
+            )
+        return found
+
+    def shown(self) -> tuple[BlockHalves, ...]:
+        """The halves of all blocks, between which the stream can be looked at.
+
+        Raises:
+            UnsupportedModelError: A block has no halves, or does not show the stream between them.
+        """
+        found = tuple(self.of(block) for block in range(len(self._stack)))
+        hidden = [block for block, halves in enumerate(found) if not halves.shown]
+        if hidden:
+            raise UnsupportedModelError(
+                f"{self._stack.layout.subject}: in block {hidden[0]} no module takes in the stream between attention "
+                "and MLP as it is, so that it cannot be looked at. Use sleb or random, or remove whole blocks."
             )
         return found
 
@@ -273,5 +329,7 @@ def _matters(block: nn.Module, halves: BlockHalves, run: Run, whole: Tensor) -> 
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    given = [*args, *kwargs.values()]
-    return next(value for value in given if isinstance(value, Tensor))
+    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if found is None:
+        raise TypeError("a module of a half must be called with a tensor")
+    return found

@@ -42,7 +42,7 @@ _LOST = 1e-7
 # Keeps the loss of an emptied network finite: -ln(1e-6) = 13.8.
 _FLOOR = 1e-6
 # Set losses (of weights that sum to 1) nearer than this are equal: rounding must not decide.
-_TIE = 1e-11
+TIE = 1e-11
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _with(blocks: tuple[int, ...], block: int) -> tuple[int, ...]:
 def _least(options: Sequence[tuple[int, ...]], loss: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
     """The first of `options` that is as good as the best."""
     losses = [loss(option) for option in options]
-    return next(option for option, value in zip(options, losses, strict=True) if value <= min(losses) + _TIE)
+    return next(option for option, value in zip(options, losses, strict=True) if value <= min(losses) + TIE)
 
 
 def _cube(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to the residual stream between two blocks: tensor functions and streaming sums, all fp64.
 
-Boundary p is the residual stream before block p; boundary T is the output of the last block. `PairMoments` compares
+Boundary p is the residual stream before block p; boundary T is the output of the last block. Where half-blocks are
+looked at, there is another one within each block, and T is twice their number (`half.Row`). `PairMoments` compares
 all boundaries with each other, coordinate by coordinate; `BoundaryDistance` those a fixed number of blocks apart.
 Sums live on the device of the first states they see; nothing is read back from it before the end.
 """

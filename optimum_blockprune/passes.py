@@ -12,7 +12,9 @@ Both orders run the same blocks on the same inputs, and add up in the same order
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ from .batches import Batch
 from .channel_sums import TokenSums
 from .errors import UnsupportedModelError
 from .half import Removal, Unit, blocks_off, first_block, units_of
+from .halves import BlockHalves, middle_watched
 from .inputs import probe_batch
 from .kinds import DECODER
 from .offload import held, is_offloaded
@@ -75,6 +78,7 @@ def stream(
     *,
     copies: float = 1.0,
     done: Done = lambda windows: None,
+    per_block: int = 1,
 ) -> None:
     """Shows the residual stream of all batches at every boundary, without the head.
 
@@ -84,17 +88,20 @@ def stream(
         watch: Called once for each batch, in order, before it runs; returns what `BlockRunner.stream` would call.
         copies: Hidden states of a batch that are held at a time by what `watch` returns, in units of all its states.
         done: Called with a number of windows whenever so many are through.
+        per_block: See `BlockRunner.stream`.
 
     Raises:
-        UnsupportedModelError: Blocks share more than their return value; see `BlockRunner.check_replay`.
+        UnsupportedModelError: Blocks share more than their return value; see `BlockRunner.check_replay`. Or see
+            `BlockRunner.stream`.
     """
     if not in_order_of_blocks(runner):
         for key, batch in batches:
-            runner.stream(batch, watch(key, batch))
+            runner.stream(batch, watch(key, batch), per_block=per_block)
             done(len(batch.input_ids))
         return
+    halves = runner.halves.shown() if per_block > 1 else ()
     for group in _groups(runner, batches, lanes=1 + copies):
-        lanes = [_Lane(batch, watch(key, batch)) for key, batch in group]
+        lanes = [_Lane(batch, watch(key, batch), halves) for key, batch in group]
         for block in _blocks(runner, range(runner.num_blocks), sum(len(lane.batch.input_ids) for lane in lanes), done):
             for lane in lanes:
                 lane.advance(runner, block)
@@ -177,19 +184,28 @@ def branches(
 
 @dataclass
 class _Lane:
-    """A batch on its way through the blocks, and who looks at it."""
+    """A batch on its way through the blocks, and who looks at it.
+
+    Attributes:
+        halves: The halves of all blocks where it is looked at between them; else empty.
+    """
 
     batch: Batch
     visit: Visit
+    halves: Sequence[BlockHalves] = ()
     state: BlockOutput | None = None
 
     def advance(self, runner: BlockRunner, block: int) -> None:
-        with hooks() as hook:
+        live, per_block = runner.stack.blocks[block], 2 if self.halves else 1
+        with ExitStack() as watched, hooks() as hook:
             if block == 0:
-                enter = runner.stack.blocks[0].register_forward_pre_hook
+                enter = live.register_forward_pre_hook
                 hook(enter(lambda _, args, kwargs: self.visit(0, incoming_hidden(args, kwargs)), with_kwargs=True))
+            if self.halves:
+                middle = partial(self.visit, per_block * block + 1)
+                watched.enter_context(middle_watched(live, self.halves[block], middle))
             self.state = runner.run_to(self.batch, block, start=self.state)
-        self.visit(block + 1, hidden_of(self.state.value))
+        self.visit(per_block * (block + 1), hidden_of(self.state.value))
 
 
 @dataclass

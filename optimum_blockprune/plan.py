@@ -45,8 +45,8 @@ class PruningPlan:
         blocks: One `BlockSource` per block of the result, in order.
         removed_blocks: Original indices of the blocks that are gone altogether, in the order of removal.
         removed_halves: Where half-blocks were removed: all of them, such as `"4.mlp"`, in the order of removal.
-        halves: Where half-blocks were removed: to which half the modules of a block belong, by name
-            (`{"self_attn": "attention", "mlp": "mlp"}`).
+        halves: Where half-blocks were removed, or a smaller choice removes some: to which half the modules of a block
+            belong, by name (`{"self_attn": "attention", "mlp": "mlp"}`).
         width: The channels and heads that each kept block keeps; empty where all stay.
         stack: The stack that loses them, `"decoder"` or `"encoder"`.
         strategy: Name of the strategy that chose them; `"manual"` if the user did.
@@ -61,7 +61,8 @@ class PruningPlan:
         seed: Seed of the choice.
         versions: Versions of the packages that made the plan.
         nested: Whether a smaller budget would have removed a prefix of `removed_blocks`; `None` if nobody knows.
-        smaller: Where it would not: what each smaller number of blocks would have been, by that number as a string.
+        smaller: Where it would not: what each smaller number of blocks would have been, by that number as a string;
+            blocks by number, or all of it as halves by name.
 
     Raises:
         PlanError: When the parts contradict each other.
@@ -86,7 +87,7 @@ class PruningPlan:
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     nested: bool | None = None
-    smaller: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    smaller: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

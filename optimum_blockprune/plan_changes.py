@@ -26,9 +26,8 @@ def truncated(plan: Any, num_blocks: int) -> Any:
         return plan
     details: dict[str, Any] = {"truncated_from": most}
     steps: tuple[Mapping[str, Any], ...] = ()
-    order, smaller = plan.removed_blocks[:num_blocks], {}
-    if plan.removed_halves and not plan.nested:
-        raise PlanError("Half-blocks that were not removed one pair after the other cannot be cut short.")
+    order: tuple[int | str, ...] = plan.removed_halves[: 2 * num_blocks] or plan.removed_blocks[:num_blocks]
+    smaller: Mapping[str, Any] = {}
     if plan.nested:
         steps = plan.steps[:num_blocks] if len(plan.steps) == most else ()
         details = {**plan.details, **details}
@@ -42,12 +41,13 @@ def truncated(plan: Any, num_blocks: int) -> Any:
         smaller = {count: blocks for count, blocks in plan.smaller.items() if int(count) < num_blocks}
     provenance = {**vars(plan), "steps": steps, "details": details, "smaller": smaller}
     provenance["requested"] = {"num_blocks": num_blocks}
-    for name in ("model_type", "num_blocks", "blocks", "removed_blocks", "removed_halves", "halves"):
+    if not any(isinstance(name, str) for each in (order, *smaller.values()) for name in each):
+        provenance["halves"] = {}
+    for name in ("model_type", "num_blocks", "blocks", "removed_blocks", "removed_halves"):
         del provenance[name]
-    if plan.removed_halves and num_blocks:
-        halves = map(Half.read, plan.removed_halves[: 2 * num_blocks])
-        return type(plan).from_halves(plan.model_type, plan.num_blocks, halves, plan.halves, **provenance)
-    return type(plan).from_removed(plan.model_type, plan.num_blocks, order if num_blocks else (), **provenance)
+    if order and isinstance(order[0], str):
+        return type(plan).from_halves(plan.model_type, plan.num_blocks, map(Half.read, order), **provenance)
+    return type(plan).from_removed(plan.model_type, plan.num_blocks, order, **provenance)
 
 
 def followed(first: Any, second: Any) -> Any:

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from .errors import PlanError
-from .half import ATTENTION, MLP, PARTS, Half, blocks_off
+from .half import ATTENTION, MLP, PARTS, Half, blocks_off, joined_halves
 from .json_values import fits, misfit, spelled_type
 
 
@@ -40,18 +40,19 @@ def check_parts(plan: Any) -> None:
         _check_halves(plan)
     else:
         split = [source for source in plan.blocks if source.attention != source.mlp]
-        if split or plan.halves:
+        if split or (plan.halves and not _of_halves(plan.smaller.values())):
             raise PlanError(
                 f"The plan removes whole blocks, but {split[0] if split else 'it'} names halves of blocks."
             )
         _check_numbers(plan)
+    _check_smaller(plan)
     lost = sorted({each.block for each in plan.width.narrowed} - set(plan.kept_blocks))
     if lost:
         raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")
 
 
 def _check_numbers(plan: Any) -> None:
-    """Kept and removed blocks are all there are; the smaller choices name some of them."""
+    """Kept and removed blocks are all there are."""
     gone, kept = set(plan.removed_blocks), list(plan.kept_blocks)
     # The count first: a file may claim any number of blocks, which would be counted out in memory.
     complete = len(kept) + len(gone) == plan.num_blocks and gone <= set(range(plan.num_blocks))
@@ -60,10 +61,35 @@ def _check_numbers(plan: Any) -> None:
             f"Kept blocks {kept} and removed blocks {list(plan.removed_blocks)} do not make up blocks 0 to "
             f"{plan.num_blocks - 1} in order."
         )
-    for count, blocks in plan.smaller.items():
-        known = set(blocks) <= set(range(plan.num_blocks))
-        if len(set(blocks)) != len(blocks) or str(len(blocks)) != count or not known:
-            raise PlanError(f"The plan's choice for {count} blocks, {list(blocks)}, is none.")
+
+
+def _check_smaller(plan: Any) -> None:
+    """The smaller choices name some of the blocks, or halves of which as many blocks less are left."""
+    for count, names in plan.smaller.items():
+        halves = _of_halves([names])
+        if halves:
+            _check_modules(plan)
+        known = _leaves_blocks(plan.num_blocks, names) if halves else set(names) <= set(range(plan.num_blocks))
+        worth = len(names) / 2 if halves else len(names)
+        if len(set(names)) != len(names) or f"{worth:g}" != count or not known:
+            raise PlanError(f"The plan's choice for {count} blocks, {list(names)}, is none.")
+
+
+def _of_halves(choices: Iterable[Sequence[int | str]]) -> bool:
+    return any(isinstance(name, str) for choice in choices for name in choice)
+
+
+def _leaves_blocks(num_blocks: int, names: Sequence[int | str]) -> bool:
+    try:
+        joined_halves(num_blocks, [Half.read(str(name)) for name in names])
+    except (ValueError, PlanError):
+        return False
+    return True
+
+
+def _check_modules(plan: Any) -> None:
+    if set(plan.halves.values()) != set(PARTS):
+        raise PlanError("A plan that removes half-blocks must say which modules make up which half ('halves').")
 
 
 def _check_halves(plan: Any) -> None:
@@ -84,9 +110,8 @@ def _check_halves(plan: Any) -> None:
         raise PlanError(f"Kept and removed halves do not make up the halves of {plan.num_blocks} blocks in order.")
     if set(plan.removed_blocks) != blocks_off(gone):
         raise PlanError(f"The blocks that lost both halves are {sorted(blocks_off(gone))}; the plan says otherwise.")
-    if set(plan.halves.values()) != set(PARTS):
-        raise PlanError("A plan that removes half-blocks must say which modules make up which half ('halves').")
-    if plan.smaller or plan.width:
+    _check_modules(plan)
+    if plan.width:
         raise PlanError("A plan that removes half-blocks removes nothing else.")
 
 

@@ -127,15 +127,16 @@ class BlockPruner(Healing):
         that measure nothing return nothing. The model, `plan` and `report` stay as they are.
 
         Returns:
-            Block number -> score; of strategies that remove channels and heads, block number -> name of the module
-            that they end in -> one score for each.
+            Block number -> score, with `unit="half_block"` also the name of a pair (`"4.mlp+5.attention"`) -> score;
+            of strategies that remove channels and heads, block number -> name of the module that they end in -> one
+            score for each.
         """
         recipe = (config or self.config).recipe
         if removes(recipe) == "width":
             return score_units(self.model, recipe, self.tokenizer)
         recipe = replace(recipe, sparsity=None, target_params=None, num_blocks=1)
         plan = choose(self.model, recipe, self.tokenizer, PruningReport())
-        return {int(block): score for block, score in plan.scores.items()}
+        return {int(name) if name.isdigit() else name: score for name, score in plan.scores.items()}
 
     @in_step
     def make_plan(self, config: Configs | None = None, *, resume_dir: ResumeDir = None) -> PruningPlan:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .blocks import BlockStack, find_blocks
 from .errors import NonFiniteError, UnsupportedModelError
 from .forms import EndOfRun, learned
 from .half import Unit, blocks_off, single_halves
-from .halves import KnownHalves, half_off
+from .halves import KnownHalves, half_off, middle_watched
 from .inputs import Caller, evaluating, probe_batch, vocabulary_of
 from .kinds import ENCODER
 from .losses import head_rows, token_nll
@@ -93,18 +94,21 @@ class BlockRunner:
         """Returns the logits [B, S, vocabulary] without the blocks `off`; only what comes after `start` runs."""
         return self._run(batch, off, start=start)
 
-    def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
+    def stream(self, batch: Batch, visit: Callable[[int, Tensor], None], *, per_block: int = 1) -> None:
         """Runs all blocks once, without the head, and shows the residual stream at every boundary.
 
         Args:
             batch: Input windows.
             visit: Called as `visit(position, hidden)` for position 0 (input of block 0) to T (output of the last
                 block) in order; `hidden` is [B, S, d] on the device of the block, valid during the call, read-only.
+            per_block: 2 also shows the stream between the halves of every block: position 2i is the input of block
+                i, 2i + 1 what enters its MLP half, 2T the output of the last block.
 
         Raises:
-            UnsupportedModelError: The model runs some blocks several times, so that there is no one stream.
+            UnsupportedModelError: The model runs some blocks several times, so that there is no one stream; or see
+                `KnownHalves.shown`.
         """
-        seen = iter(range(self.num_blocks + 1))
+        seen = iter(range(per_block * self.num_blocks + 1))
 
         def in_order(position: int, hidden: Tensor) -> None:
             if position != next(seen, None):
@@ -114,12 +118,16 @@ class BlockRunner:
                 )
             visit(position, hidden)
 
-        self._learn_form()  # before the hooks: its probe is not part of the stream
-        with hooks() as hook:
+        self._learn_form()  # before the hooks: these probes are not part of the stream
+        halves = self.halves.shown() if per_block > 1 else ()
+        with ExitStack() as watched, hooks() as hook:
             enter = self.stack.blocks[0].register_forward_pre_hook
             hook(enter(lambda _, args, kwargs: in_order(0, incoming_hidden(args, kwargs)), with_kwargs=True))
             for index, block in enumerate(self.stack.blocks):
-                hook(block.register_forward_hook(_visitor(index, in_order)))
+                hook(block.register_forward_hook(_visitor(per_block * (index + 1), in_order)))
+                if halves:
+                    middle = partial(in_order, per_block * index + 1)
+                    watched.enter_context(middle_watched(block, halves[index], middle))
             self._run(batch, (), stop=self.num_blocks - 1)
 
     def observe(
@@ -322,9 +330,9 @@ class BlockRunner:
         self._call.forget()
 
 
-def _visitor(index: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
+def _visitor(position: int, visit: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        visit(index + 1, hidden_of(output))
+        visit(position, hidden_of(output))
 
     return hook
 

@@ -35,10 +35,18 @@ def test_a_plain_decoder_may_lose_any_block() -> None:
     )
     assert (check.search, check.removable, check.protected, check.evidence) == ("yes", (0, 1, 2, 3, 4), {}, "proven")
     assert set(check.units) == {"block", "half_block", "mlp", "attention"}
+    assert check.units["half_block"].startswith("tried on the weights")
     assert {name: verdict["verdict"] for name, verdict in check.runtimes.items()} == dict.fromkeys(
         ("transformers", "vllm", "llama.cpp"), "same"
     )
     assert all(verdict["same_without"] == [0, 1, 2, 3, 4] for verdict in check.runtimes.values())
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("doge", "block 0 holds weights outside its modules"), ("hrm_text", "found no list of 36 blocks")]
+)
+def test_halves_are_refused_where_an_empty_model_tells(name: str, reason: str) -> None:
+    assert reason in only(causal.tiny_config(name)).units["half_block"]
 
 
 def test_blocks_that_stay_have_reasons() -> None:

@@ -242,12 +242,6 @@ def test_random_and_manual_choose_halves() -> None:
     assert plan.removed_names == ("2.mlp", "3.attention")
 
 
-@pytest.mark.parametrize("strategy", ["shortgpt", "mi_prun", "bip"])
-def test_strategies_that_know_no_halves_say_so(strategy: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"half.block"):
-        toy_pruner(strategy=strategy, unit="half_block").make_plan()
-
-
 def test_an_unknown_unit_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="'half_block'"):
         toy_pruner(unit="half")

@@ -31,6 +31,11 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "bip": {**EVEN, "strategy": "bip"},
     "functional_network": {**EVEN, "strategy": "functional_network"},
 }
+ONE_PASS = {"shortgpt": {}, "angular": {"tokens": "all"}, "mi_prun": {}, "functional_network": {"unit": "block"}}
+SEARCHES |= {
+    f"{name}-halves": {**EVEN, "strategy": name, "unit": "half_block", "strategy_options": options, "protect_first": 1}
+    for name, options in ONE_PASS.items()
+}
 UNEVEN = {f"{name}-uneven": {**fields, "num_samples": 3} for name, fields in SEARCHES.items() if name != "race"}
 # One window of several cells of predictions: the second process has nothing to measure.
 LONG = {"num_samples": 1, "seqlen": 120, "dataset": [text(400)]}

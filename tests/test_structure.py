@@ -41,7 +41,7 @@ LAYERS = (
     ("passes", "streaming"),
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
-    + ("adapters", "branching", "joint_networks", "layer_stream", "units"),
+    + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
     ("expectation", "training"),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),

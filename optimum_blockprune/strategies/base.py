@@ -6,10 +6,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CalibrationError
-from ..half import Half, Removal, Unit, name_of, removals, sorted_halves
+from ..half import Half, Removal, Row, Unit, name_of, names_of, removals, sorted_halves
 from ..plan import PruningPlan
 from ..widths import Narrowing, UnitGroup, Width
 
@@ -130,6 +131,11 @@ class SearchContext:
         from ..memory import BatchSize  # torch comes with a search, not with the contract of strategies
 
         object.__setattr__(self, "_size", BatchSize(self.batch_size))
+
+    @property
+    def row(self) -> Row:
+        """The blocks as pieces in a row, halves where these may go."""
+        return Row(self.runner.num_blocks, 2 if self.unit == HALF_BLOCK else 1)
 
     def measured(self, key: str, measure: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Sums over the windows, by all processes together; every expensive measurement goes through here.
@@ -260,7 +266,7 @@ class SearchContext:
         steps: Sequence[Mapping[str, Any]] = (),
         details: Mapping[str, Any] | None = None,
         nested: bool | None = None,
-        smaller: Mapping[int, Iterable[int]] | None = None,
+        smaller: Mapping[int, Iterable[Removal]] | None = None,
     ) -> PruningPlan:
         """Builds the plan that removes `removed` (original indices, in the order of removal).
 
@@ -272,7 +278,7 @@ class SearchContext:
             nested: Whether a smaller budget would have removed a prefix of `removed`; see `PruningPlan.truncate`.
             smaller: If not: what it would have removed, by number of blocks.
         """
-        removed = list(removed)
+        removed, smaller = list(removed), {str(count): list(each) for count, each in (smaller or {}).items()}
         fields = {
             "num_blocks": self.runner.num_blocks,
             "nested": nested,
@@ -282,13 +288,18 @@ class SearchContext:
             "details": {**({"unit": self.unit} if self.unit != BLOCK else {}), **(details or {})},
             "options": asdict(self.options),
             "seed": self.seed,
+            "smaller": {count: tuple(names_of(each)) for count, each in smaller.items()},
             **self.provenance,
         }
-        if not all(isinstance(each, int) for each in removed):
-            halves = sorted_halves(removed)
-            return PruningPlan.from_halves(removed=halves, halves=self.runner.halves.names(), **fields)
-        smaller = {str(count): tuple(blocks) for count, blocks in (smaller or {}).items()}
-        return PruningPlan.from_removed(removed=removed, smaller=smaller, **fields)
+        if not _whole([*removed, *chain(*smaller.values())]):
+            fields["halves"] = self.runner.halves.names()
+        if _whole(removed):
+            return PruningPlan.from_removed(removed=removed, **fields)
+        return PruningPlan.from_halves(removed=sorted_halves(removed), **fields)
+
+
+def _whole(removed: Iterable[Removal | Half]) -> bool:
+    return all(isinstance(each, int) for each in removed)
 
 
 def _alone() -> Team:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, ConfigurationError, NonFiniteError
+from ..half import name_of
+from ..half_choice import choose_halves
 from ..ica import choose_blocks, effective_components, set_loss
 from ..joint_networks import BLOCK_SIGNALS, UPDATE, VARIANCE, WEIGHTS, BlockUpdates, joint_networks
 from ..layer_stream import LayerStream, counted_tokens
@@ -31,7 +33,7 @@ from ..passes import stream
 from ..plan import PruningPlan
 from ..signals import ACT_UP, SIGNALS
 from ..widths import UnitGroup
-from .base import Place, PruningStrategy, SearchContext
+from .base import BLOCK, HALF_BLOCK, Place, PruningStrategy, SearchContext
 from .ranking import RANKINGS, Scores, check_choice, check_ranking, kept_units
 
 
@@ -130,7 +132,8 @@ class FunctionalNetwork(PruningStrategy):
 
     Unit `"block"` (ours): one ICA over what all blocks add to the stream; a block takes part by its share of the
     strong channels of each network. Blocks go so that no network is emptied: a set loss, convex in these shares, is
-    lowered greedily, then by exchanges. See `optimum_blockprune.joint_networks`.
+    lowered greedily, then by exchanges. See `optimum_blockprune.joint_networks`. With half-blocks, the updates are
+    those of halves, and pairs go by the same loss; see `optimum_blockprune.half_choice`.
 
     The first three and last two blocks stay as they are, except with layout `uniform`, which protects none.
 
@@ -142,6 +145,7 @@ class FunctionalNetwork(PruningStrategy):
     name: ClassVar[str] = NAME
     unit: ClassVar[str] = "width"
     Options: ClassVar[type] = FunctionalNetworkOptions
+    units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
     protect_first: ClassVar[int] = 3
     protect_last: ClassVar[int] = 2
 
@@ -225,13 +229,17 @@ def _threshold(scores: Scores, kept: Mapping[Place, Sequence[int]]) -> dict[str,
 
 def _fewer_blocks(context: SearchContext) -> PruningPlan:
     """Unit `"block"`."""
-    options = context.options
+    options, row = context.options, context.row
     found = context.measured("networks", partial(_participation, context))
-    blocks = found["blocks"].tolist()
-    chosen = choose_blocks(
+    pieces = found["blocks"].tolist()
+    # What takes part is additive: a pair of halves takes part by the sum.
+    scores = row.scores([sum(each) for each in zip(*(pieces[part:] for part in range(row.per_block)), strict=False)])
+    choose_set = choose_halves if context.unit == HALF_BLOCK else choose_blocks
+    chosen = choose_set(
         found["shares"], found["weights"], context.removable, context.num_remove, contiguous=options.contiguous
     )
-    order = sorted(chosen, key=lambda block: (blocks[block], -block))
+    # Of equal ones the later go first.
+    order = sorted(reversed(row.removals(chosen)), key=scores.__getitem__)
     details = {
         "block_signals": options.block_signals,
         "weights": options.weights,
@@ -244,12 +252,12 @@ def _fewer_blocks(context: SearchContext) -> PruningPlan:
         "set_loss": set_loss(found["shares"], found["weights"], chosen),
         "stored_values": int(found["stored_values"]),
     }
-    steps = [{"block": block, "participation": blocks[block]} for block in order]
-    return context.plan(order, scores=dict(enumerate(blocks)), steps=steps, details=details)
+    steps = [{"block": name_of(each), "participation": scores[each]} for each in order]
+    return context.plan(order, scores=scores, steps=steps, details=details)
 
 
 def _participation(context: SearchContext, size: int) -> dict[str, Tensor]:
-    """How much each block takes part; one process measures all, since one ICA looks at all tokens of all blocks."""
+    """How much each block (or half) takes part; one process measures all, as one ICA looks at all of them."""
     if not context.team.is_first:
         return {}
     options, runner = context.options, context.runner
@@ -257,7 +265,7 @@ def _participation(context: SearchContext, size: int) -> dict[str, Tensor]:
     try:
         networks = joint_networks(
             lambda block: updates.of(block, options.block_signals),
-            runner.num_blocks,
+            context.row.pieces,
             components=effective_components(options.components, tokens),
             restarts=options.restarts,
             seed=context.seed,
@@ -288,17 +296,18 @@ def _participation(context: SearchContext, size: int) -> dict[str, Tensor]:
 
 
 def _block_updates(context: SearchContext, size: int) -> tuple[BlockUpdates, int]:
-    """One pass over the text; returns what blocks add, and at how many tokens."""
+    """One pass over the text; returns what blocks, or halves, add, and at how many tokens."""
     options, runner, windows = context.options, context.runner, context.require_windows()
     batches = windows.batches(size)
     chosen = counted_tokens(runner, batches, options.keep_first, options.max_tokens)
     tokens = sum(int(mask.sum()) for mask in chosen)
     if tokens < LEAST_TOKENS:
         raise _too_few(tokens, "the text", "more text")
-    updates = BlockUpdates(runner.num_blocks, tokens)
+    updates, row = BlockUpdates(context.row.pieces, tokens), context.row
     with context.progress(windows.num_windows, "Functional networks") as bar:
         numbered = zip(chosen, windows.batches(size), strict=True)
-        stream(runner, numbered, lambda mask, _: updates.watch(real_tokens(mask)), copies=0, done=bar.update)
+        settings = {"copies": 0, "done": bar.update, "per_block": row.per_block}
+        stream(runner, numbered, lambda mask, _: updates.watch(real_tokens(mask)), **settings)
     return updates, tokens
 
 

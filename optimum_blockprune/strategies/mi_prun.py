@@ -25,7 +25,7 @@ from ..estimators import GaussianCopula, Histogram, IdentityDecoder, RunEstimato
 from ..measures import content_mask, dpi_violation_rate, raise_non_finite
 from ..passes import Visit, stream
 from ..plan import PruningPlan
-from .base import PruningStrategy, SearchContext
+from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 from .selection import RunScore, Selection, best_disjoint_runs, fast_block_select
 
 
@@ -89,12 +89,18 @@ class MIPrun(PruningStrategy):
     Nothing is measured again after a removal. The plan lists the blocks of the best run first, and says for every
     smaller number of blocks what the same scores would have chosen: the choices need not be nested.
 
+    Half-blocks (our choice): the same over the 2T + 1 boundaries that the stream has with those between the halves of
+    blocks; runs have an even number of halves, single blocks become pairs of neighbours (see `selection`). T is then
+    twice the number of blocks in what follows, so that the sums take four times the memory. Runs in `steps` are given
+    as [first half, number of halves], A0 being 0 and M0 1.
+
     Memory: (T + 1) x `chunk_tokens` x d hidden values in the model's own precision, and the estimator's sums, about
     d (T + 1)^2 in fp64 (`histogram`: `coordinates` x T (T + 1) / 2 x `bins`^2 counts); `stored_values` in the plan.
     """
 
     name: ClassVar[str] = "mi_prun"
     Options: ClassVar[type] = MIPrunOptions
+    units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
 
     def select(self, context: SearchContext) -> PruningPlan:
         """See the class.
@@ -106,15 +112,15 @@ class MIPrun(PruningStrategy):
         options: MIPrunOptions = context.options
         estimator = ESTIMATORS[options.estimator](options, context.seed)
         totals = _measure(context, estimator)
-        scores = estimator.all_runs()
-        blocks = scores.diagonal(1).tolist()
+        scores, row = estimator.all_runs(), context.row
+        blocks = scores.diagonal(row.per_block).tolist()
         selections = _search(context, estimator, scores=scores, block_scores=blocks)
         selection = selections.pop(context.num_remove)
         details = {
             "estimator": options.estimator,
             "select": options.select,
             "runs": [
-                {"start": run.start, "length": run.length, "score": score}
+                {"start": row.name(run.start), "length": run.length // row.per_block, "score": score}
                 for run, score in zip(selection.runs, selection.scores, strict=True)
             ],
             "evaluations": selection.evaluations,
@@ -122,12 +128,12 @@ class MIPrun(PruningStrategy):
             **totals,
         }
         return context.plan(
-            selection.order,
-            scores=dict(enumerate(blocks)),
+            row.removals(selection.order),
+            scores=row.scores(blocks),
             steps=selection.iterations,
             details=details,
             nested=False,
-            smaller={count: smaller.order for count, smaller in selections.items()},
+            smaller={count: row.removals(smaller.order) for count, smaller in selections.items()},
         )
 
 
@@ -135,18 +141,15 @@ def _search(
     context: SearchContext, estimator: RunEstimator, *, scores: Tensor, block_scores: list[float]
 ) -> dict[int, Selection]:
     """What is chosen for every number of blocks up to the budget; all of them are lookups in the same scores."""
+    asked = {"removable": context.row.free(context.removable), "step": context.row.per_block}
     if context.options.select == "dp":
         if not isinstance(estimator, IdentityDecoder):
             logger.warning(
                 "select='dp' maximises a sum of mutual information, which favours many single blocks over runs that "
                 "fit together. Use estimator='identity_decoder' with it, or select='fast'."
             )
-        return best_disjoint_runs(
-            _lookup(estimator.additive_runs()), removable=context.removable, num_remove=context.num_remove
-        )
-    select = partial(
-        fast_block_select, block_scores, _lookup(scores), removable=context.removable, k=context.options.k
-    )
+        return best_disjoint_runs(_lookup(estimator.additive_runs()), num_remove=context.num_remove, **asked)
+    select = partial(fast_block_select, block_scores, _lookup(scores), k=context.options.k, **asked)
     return {count: select(num_remove=count) for count in range(1, context.num_remove + 1)}
 
 
@@ -169,7 +172,8 @@ def _measure(context: SearchContext, estimator: RunEstimator) -> dict[str, int]:
                 for number, (batch, chosen) in _chunks(context, size)
                 if number == 0 or context.team.takes(number)
             )
-            stream(runner, mine, lambda key, _: chunks.watch(*key), copies=chunks.share, done=bar.update)
+            settings = {"copies": chunks.share, "done": bar.update, "per_block": context.row.per_block}
+            stream(runner, mine, lambda key, _: chunks.watch(*key), **settings)
             return chunks.sums()
 
         found = context.measured("mi_prun", measure)
@@ -253,7 +257,7 @@ class _Chunks:
         windows = context.require_windows()
         sampler = _Sampler(windows, context.options, seed=context.seed)
         self._capacity = min(sampler.windows_per_chunk, windows.num_windows) * sampler.share
-        self._boundaries = context.runner.num_blocks + 1
+        self._boundaries = context.row.boundaries
         self.share = self._boundaries * sampler.share / windows.seqlen
         self._team, self._estimator = context.team, estimator
         self._coordinates: Tensor | None = None

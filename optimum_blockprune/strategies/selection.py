@@ -11,6 +11,12 @@ it). Both searches maximise a *sum* of run scores, and neither looks at the mode
   with scores that do not become worse when a run is cut in two (mutual information is such a score) it breaks the
   removal into many short runs. Give it scores that add up, such as a negated damage.
 
+With `step=2` both speak of halves of blocks (ours): indices are those of the row A0 M0 A1 M1 ..., a run has an even
+number of halves, since what is left must alternate, and lengths count two halves as one block. Where single blocks are
+ranked, pairs of neighbours are; these overlap, so that "the best N blocks" become the N disjoint pairs with the
+largest sum of scores, found exactly. The pool holds their halves and those of the N + M best pairs; a window's sum is
+that of the pairs that tile it. Every run of whole blocks is among the runs.
+
 What is not covered: whether the scores predict the damage that removal does.
 """
 
@@ -20,20 +26,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import ConfigurationError, NonFiniteError
 
 
 class Run(NamedTuple):
-    """The blocks `start` to `start + length - 1`."""
+    """The blocks (or halves) `start` to `start + length - 1`."""
 
     start: int
     length: int
 
     @property
     def blocks(self) -> range:
-        """Indices of the blocks of this run, ascending."""
+        """Indices of its blocks (or halves), ascending."""
         return range(self.start, self.start + self.length)
 
 
@@ -59,7 +66,7 @@ class Selection:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The chosen blocks, best run first, ascending inside a run (our choice: the paper defines no order)."""
+        """The chosen blocks (or halves), best run first, ascending inside a run (our choice: the paper has none)."""
         ranked = sorted(zip(self.runs, self.scores, strict=True), key=lambda item: -item[1])
         return tuple(block for run, _ in ranked for block in run.blocks)
 
@@ -71,6 +78,7 @@ def fast_block_select(
     removable: Iterable[int],
     num_remove: int,
     k: int,
+    step: int = 1,
     on_iteration: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Selection:
     """Fast-Block-Select (MI-PRUN, Algorithm 1 and Steps 1 to 6).
@@ -89,31 +97,30 @@ def fast_block_select(
     compared by `math.fsum`, which no order of terms changes.
 
     Args:
-        block_scores: Score of each of the T blocks alone.
+        block_scores: Score of each of the T blocks alone; of halves, of each pair by its first half.
         run_score: Exact score of a run; asked once per run.
-        removable: Blocks that may be chosen.
+        removable: Blocks (or halves) that may be chosen.
         num_remove: N, at least 1 and at most the number of removable blocks.
         k: Extra candidates per length, at least 1.
+        step: 1 for blocks, 2 for halves.
         on_iteration: Receives the log entry of each round.
 
     Raises:
         ConfigurationError: N or k does not fit.
         NonFiniteError: A score is NaN or infinitely good.
     """
-    allowed = _checked(removable, num_remove)
+    allowed = _checked(removable, num_remove, step)
     if k < 1:
         raise ConfigurationError(f"k must be at least 1, not {k}.")
-    ranking = sorted(allowed, key=lambda block: (-block_scores[block], block))
-    chosen = set(ranking[:num_remove])
-    pool = set(ranking[: num_remove + min(num_remove, len(block_scores) - num_remove)])
+    more = num_remove + min(num_remove, -(-len(block_scores) // step) - num_remove)
+    chosen, pool = (_best(block_scores, allowed, count, step) for count in (num_remove, more))
+    pool |= chosen
     score = _Scores(run_score)
+    candidates = partial(_candidates, pool=pool, block_scores=block_scores, k=k, step=step)
     iterations: list[Mapping[str, Any]] = []
     while True:
         groups = maximal_runs(chosen)
-        windows = {
-            length: _candidates(length, pool, block_scores=block_scores, k=k)
-            for length in {run.length for run in groups}
-        }
+        windows = {length: candidates(length) for length in {run.length for run in groups}}
         selected = _conflict_free_select(groups, windows, score=score)
         iterations.append(
             {"iteration": len(iterations) + 1, **_entry(groups, windows, selected=selected, score=score)}
@@ -125,7 +132,9 @@ def fast_block_select(
             return Selection(groups, tuple(map(score, groups)), len(score), tuple(iterations))
 
 
-def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_remove: int) -> dict[int, Selection]:
+def best_disjoint_runs(
+    run_score: RunScore, *, removable: Iterable[int], num_remove: int, step: int = 1
+) -> dict[int, Selection]:
     """The sets of runs with the highest sum of scores, exactly, for every number of blocks in all.
 
     Dynamic programming from the last block backwards, O(T N^2):
@@ -137,8 +146,9 @@ def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_rem
 
     Args:
         run_score: Score of a run; asked once for every run that could be part of a solution.
-        removable: Blocks that may be chosen.
+        removable: Blocks (or halves) that may be chosen.
         num_remove: N, at least 1 and at most the number of removable blocks.
+        step: 1 for blocks; 2 for halves, in runs of even length, two of which count as one.
 
     Returns:
         The best set by its number of blocks, 1 to N; one table holds them all. Numbers below N are missing where every
@@ -148,7 +158,7 @@ def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_rem
         ConfigurationError: N does not fit, or every solution for it holds a run that the scores forbid.
         NonFiniteError: A score is NaN or infinitely good.
     """
-    allowed = _checked(removable, num_remove)
+    allowed = _checked(removable, num_remove, step)
     end = allowed[-1] + 1
     score = _Scores(run_score)
     value = [[-math.inf] * (num_remove + 1) for _ in range(end + 2)]
@@ -159,14 +169,16 @@ def best_disjoint_runs(run_score: RunScore, *, removable: Iterable[int], num_rem
         for count in range(num_remove + 1):
             value[start][count] = value[start + 1][count]
             # Equal sums: taking now beats waiting and the longer run beats the shorter, which gives the lowest blocks.
-            for length in range(1, min(longest[start], count) + 1):
-                total = score(Run(start, length)) + value[start + length + 1][count - length]
+            for length in range(step, min(longest[start], step * count) + 1, step):
+                total = score(Run(start, length)) + value[start + length + 1][count - length // step]
                 if total >= value[start][count]:
                     value[start][count], length_at[start][count] = total, length
     if value[0][num_remove] == -math.inf:
         raise ConfigurationError(f"No choice of {num_remove} blocks among {allowed} avoids the forbidden runs.")
     evaluations = len(score)
-    found = {count: _read_back(length_at, count) for count in range(1, num_remove + 1) if value[0][count] > -math.inf}
+    found = {
+        count: _read_back(length_at, count, step) for count in range(1, num_remove + 1) if value[0][count] > -math.inf
+    }
     return {count: Selection(runs, tuple(map(score, runs)), evaluations) for count, runs in found.items()}
 
 
@@ -204,11 +216,12 @@ class _Scores:
         return math.fsum(map(self, runs))
 
 
-def _checked(removable: Iterable[int], num_remove: int) -> list[int]:
+def _checked(removable: Iterable[int], num_remove: int, step: int) -> list[int]:
     allowed = sorted(set(removable))
-    if not 1 <= num_remove <= len(allowed):
+    most = len(allowed) // step
+    if not 1 <= num_remove <= most:
         raise ConfigurationError(
-            f"Cannot remove {num_remove} blocks: {len(allowed)} are removable. Ask for fewer blocks or protect fewer."
+            f"Cannot remove {num_remove} blocks: {most} are removable. Ask for fewer blocks or protect fewer."
         )
     return allowed
 
@@ -226,13 +239,36 @@ def _entry(
     }
 
 
-def _candidates(length: int, pool: set[int], *, block_scores: Sequence[float], k: int) -> list[Run]:
+def _best(scores: Sequence[float], allowed: Sequence[int], count: int, step: int) -> set[int]:
+    """The best single blocks, or the halves of the best disjoint pairs; fewer where fewer are removable."""
+    if step == 1:
+        return set(sorted(allowed, key=lambda block: (-scores[block], block))[:count])
+    if any(score != score for score in scores):
+        raise NonFiniteError("The score of a pair of halves is not a number.")
+    free, end = set(allowed), allowed[-1] + 1
+    count = min(count, len(allowed) // 2)
+    # best[t][n]: the largest sum of n disjoint pairs that begin at half t or later.
+    best = [[0.0, *[-math.inf] * count] for _ in range(end + 2)]
+    for start in reversed(range(end)):
+        for number in range(1, count + 1):
+            taken = scores[start] + best[start + 2][number - 1] if {start, start + 1} <= free else -math.inf
+            best[start][number] = max(best[start + 1][number], taken)
+    chosen: set[int] = set()
+    start = 0
+    while count:
+        pair = {start, start + 1}
+        takes = pair <= free and best[start][count] == scores[start] + best[start + 2][count - 1]
+        chosen, count, start = (chosen | pair, count - 1, start + 2) if takes else (chosen, count, start + 1)
+    return chosen
+
+
+def _candidates(length: int, *, pool: set[int], block_scores: Sequence[float], k: int, step: int) -> list[Run]:
     """The K most promising windows of one length inside the pool (Eq. 6), by the sum of single-block scores."""
     windows = [
         Run(run.start + offset, length) for run in maximal_runs(pool) for offset in range(run.length - length + 1)
     ]
-    windows.sort(key=lambda run: (-math.fsum(block_scores[block] for block in run.blocks), run.start))
-    return windows[: min(int(math.log(length)) + k, len(windows))]
+    windows.sort(key=lambda run: (-math.fsum(block_scores[block] for block in run.blocks[::step]), run.start))
+    return windows[: min(int(math.log(length // step)) + k, len(windows))]
 
 
 def _conflict_free_select(
@@ -282,13 +318,13 @@ def _longest_runs(allowed: Sequence[int], end: int) -> list[int]:
     return longest
 
 
-def _read_back(length_at: Sequence[Sequence[int]], num_remove: int) -> tuple[Run, ...]:
+def _read_back(length_at: Sequence[Sequence[int]], num_remove: int, step: int) -> tuple[Run, ...]:
     runs: list[Run] = []
     start = 0
     while num_remove:
         length = length_at[start][num_remove]
         if length:
             runs.append(Run(start, length))
-        num_remove -= length
+        num_remove -= length // step
         start += length + 1
     return tuple(runs)

@@ -43,7 +43,7 @@ class FakeRunner(TextPositions):
         self.windows_seen = 0
         self.batch_sizes: list[int] = []
 
-    def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
+    def stream(self, batch: Batch, visit: Callable[[int, Tensor], None], *, per_block: int = 1) -> None:
         self.windows_seen += len(batch.input_ids)
         self.batch_sizes.append(len(batch.input_ids))
         for position, states in enumerate(self.states):

@@ -279,3 +279,72 @@ def test_order_is_best_run_first() -> None:
 def test_maximal_runs() -> None:
     assert maximal_runs([7, 2, 3, 5, 1]) == (Run(1, 3), Run(5, 1), Run(7, 1))
     assert maximal_runs([]) == ()
+
+
+# --- halves of blocks ------------------------------------------------------------------------------------------------
+
+
+def halves_table(generator: random.Random, blocks: int) -> dict[Run, float]:
+    """A score for every run of an even number of halves."""
+    return {run: score for run, score in random_table(generator, 2 * blocks).items() if run.length % 2 == 0}
+
+
+def sets_of_halves(allowed: list[int], pairs: int) -> list[tuple[Run, ...]]:
+    """All that can go so that the halves that are left alternate, as its longest runs."""
+    found = (maximal_runs(halves) for halves in itertools.combinations(allowed, 2 * pairs))
+    return [runs for runs in found if all(run.length % 2 == 0 for run in runs)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("gap", [(), (4, 5), (0, 1, 6, 7)])
+def test_best_disjoint_runs_of_halves_are_the_best_of_all(seed: int, gap: tuple[int, ...]) -> None:
+    table = halves_table(random.Random(seed), 5)
+    allowed = [half for half in range(10) if half not in gap]
+    most = len(allowed) // 2
+    found = best_disjoint_runs(lookup(table), removable=allowed, num_remove=most, step=2)
+    assert list(found) == list(range(1, most + 1))
+    for count, selection in found.items():
+        best = max(total(table, runs) for runs in sets_of_halves(allowed, count))
+        assert total(table, selection.runs) == pytest.approx(best, abs=1e-12)
+        assert len(selection.order) == 2 * count and maximal_runs(selection.order) == selection.runs
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fast_select_of_halves_begins_with_the_best_pairs(seed: int) -> None:
+    table = halves_table(random.Random(seed), 6)
+    pairs = [table[Run(start, 2)] for start in range(11)]
+    allowed = list(range(2, 12))
+    for count in range(1, 6):
+        found = fast_block_select(pairs, lookup(table), removable=allowed, num_remove=count, k=3, step=2)
+        first = [Run(*run) for run in found.iterations[0]["runs"]]
+        sums = [
+            sum(pairs[start] for run in runs for start in run.blocks[::2]) for runs in sets_of_halves(allowed, count)
+        ]
+        assert sum(pairs[start] for run in first for start in run.blocks[::2]) == pytest.approx(max(sums), abs=1e-12)
+        assert found.iterations[0]["score"] >= total(table, tuple(first)) - 1e-12
+        assert sum(run.length for run in found.runs) == 2 * count and disjoint(found.runs)
+        assert all(run.length % 2 == 0 for run in found.runs)
+        assert {half for run in found.runs for half in run.blocks} <= set(allowed)
+
+
+def test_a_block_is_two_halves() -> None:
+    """Scores that rank whole blocks alone give the choice of blocks."""
+    table = random_table(random.Random(3), 8)
+    halves = {
+        run: table[Run(run.start // 2, run.length // 2)] if run.start % 2 == 0 else -9.0 * run.length
+        for run in halves_table(random.Random(0), 8)
+    }
+    for count in range(1, 8):
+        blocks = best_disjoint_runs(lookup(table), removable=range(8), num_remove=count)[count]
+        twice = best_disjoint_runs(lookup(halves), removable=range(16), num_remove=count, step=2)[count]
+        assert twice.order == tuple(half for block in blocks.order for half in (2 * block, 2 * block + 1))
+
+
+def test_pairs_without_a_score() -> None:
+    with pytest.raises(NonFiniteError, match="pair of halves"):
+        fast_block_select([0.1, math.nan, 0.2], lambda *_: 0.0, removable=range(4), num_remove=1, k=1, step=2)
+
+
+def test_more_pairs_than_there_are() -> None:
+    with pytest.raises(ConfigurationError, match="Cannot remove 3 blocks: 2 are removable"):
+        best_disjoint_runs(lambda *_: 0.0, removable=range(4), num_remove=3, step=2)

@@ -25,7 +25,7 @@ class FakeRunner(TextPositions):
         self.turns = list(zip(turns, last_turns or turns, strict=True))
         self.scale = [1.0] * len(turns)
 
-    def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
+    def stream(self, batch: Batch, visit: Callable[[int, Tensor], None], *, per_block: int = 1) -> None:
         mask = self.positions(batch)
         last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
         angle, length = batch.input_ids.float(), 1.0
@@ -110,7 +110,7 @@ def test_the_states_may_be_about_other_positions_than_the_tokens() -> None:
         def positions(self, batch: Batch) -> Tensor:
             return torch.ones(len(batch.input_ids), 9, dtype=torch.bool)
 
-        def stream(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
+        def stream(self, batch: Batch, visit: Callable[[int, Tensor], None], *, per_block: int = 1) -> None:
             super().stream(Batch(torch.arange(9).expand(len(batch.input_ids), -1)), visit)
 
     turns = [0.5, 0.1, 0.9]
