@@ -42,6 +42,7 @@ def truncated(plan: Any, num_blocks: int) -> Any:
         smaller = {count: blocks for count, blocks in plan.smaller.items() if int(count) < num_blocks}
     provenance = {**vars(plan), "steps": steps, "details": details, "smaller": smaller}
     provenance["requested"] = {"num_blocks": num_blocks}
+    details.pop("budget", None)  # what was measured for it is of another depth
     for name in ("model_type", "num_blocks", "blocks", "removed_blocks", "removed_halves", "halves"):
         del provenance[name]
     if plan.removed_halves and num_blocks:

@@ -19,7 +19,7 @@ import torch
 from optimum.utils import logging
 from transformers import GenerationConfig
 
-from .asked import num_to_remove, removes
+from .asked import num_to_remove, refuse_named_depths, removes
 from .checking import check_config
 from .config import BlockPruningConfig
 from .errors import ConfigurationError, OutputError
@@ -127,6 +127,8 @@ def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
             f"Strategy '{recipe.strategy}' removes channels and heads, which have no depths: leave out --export and "
             "--curve."
         )
+    if args.export and not args.blocks:
+        refuse_named_depths(recipe)
     most = len(sorted_halves(read_units(args.blocks))) // 2 if args.blocks else num_to_remove(pruner.model, recipe)
     wrong = [count for count in args.export or () if not 0 < count <= most]
     if wrong:

@@ -108,6 +108,8 @@ class SearchContext:
         unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
+        go_on: Whether to take another step after `removed`. A greedy search asks after each step; where the answer is
+            no, it returns a nested plan of what it has removed so far.
     """
 
     runner: BlockRunner
@@ -124,6 +126,7 @@ class SearchContext:
     unit: str = BLOCK
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
+    go_on: Callable[[Sequence[Removal]], bool] = lambda removed: True
     _size: BatchSize = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
