@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from optimum.utils import logging
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Layout
 from .blocks import BlockStack, find_blocks
+from .budget_rules import OPEN_BUDGETS
 from .errors import ConfigurationError, UnsupportedModelError
 from .plan import PruningPlan
 from .recipe import Recipe
@@ -33,6 +35,7 @@ def asked_for(
 ) -> tuple[WidthTask | None, tuple[int, ...], int]:
     """The task of a strategy of width; else the blocks that may go, and how many have to. Tried on the model."""
     if strategy.unit_of(options) == "width":
+        _refuse_budget(recipe, stack)
         if recipe.unit is not None:
             raise ConfigurationError(
                 f"unit={recipe.unit!r} is for strategies that remove blocks ({KNOW_HALVES}); '{recipe.strategy}' "
@@ -46,8 +49,29 @@ def asked_for(
     removable = _removable(recipe, strategy, stack)
     num_remove = _budget(recipe, stack, removable)
     # Whatever the choice will be, as many blocks must be able to go.
-    check_plan(stack.model, _any_choice(stack.layout, removable, num_remove))
-    return None, removable, num_remove
+    while True:
+        try:
+            check_plan(stack.model, any_choice(stack.layout, removable, num_remove))
+        except UnsupportedModelError:
+            if recipe.budget not in OPEN_BUDGETS or num_remove == 1:
+                raise
+            num_remove -= 1
+        else:
+            return None, removable, num_remove
+
+
+def _refuse_budget(recipe: Recipe, stack: BlockStack) -> None:
+    """Units of width are chosen for a share or a number of parameters only."""
+    if recipe.budget not in ("target_size_gb", *OPEN_BUDGETS):
+        return
+    instead = "sparsity or target_params"
+    kinds = {parameter.element_size() for parameter in stack.model.parameters()}
+    if recipe.budget == "target_size_gb" and len(kinds) == 1:
+        instead = f"target_params={int(recipe.target_size_gb * 10**9) // kinds.pop()}"
+    raise ConfigurationError(
+        f"{recipe.budget} is for strategies that remove blocks; '{recipe.strategy}' removes channels and heads: use "
+        f"{instead}."
+    )
 
 
 def _check_unit(recipe: Recipe, strategy: PruningStrategy) -> None:
@@ -68,7 +92,8 @@ def _refuse_width_fields(recipe: Recipe) -> None:
         )
 
 
-def _any_choice(layout: Layout, removable: tuple[int, ...], count: int) -> PruningPlan:
+def any_choice(layout: Layout, removable: Sequence[int], count: int) -> PruningPlan:
+    """A plan of as many blocks, the last ones that may go: whatever the choice will be, it must be possible."""
     chosen = removable[len(removable) - count :]
     return PruningPlan.from_removed(layout.model_type, layout.num_blocks, chosen, stack=layout.stack)
 
@@ -90,7 +115,7 @@ def removes(recipe: Recipe) -> str:
 
 
 def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Number of blocks that the recipe's budget takes from this model.
+    """Number of blocks that the recipe's budget takes from this model, 1 where only measuring tells.
 
     Raises:
         ConfigurationError: The budget cannot be met, given the protections.
@@ -98,12 +123,25 @@ def num_to_remove(model: PreTrainedModel, recipe: Recipe) -> int:
     if removes(recipe) == "width":
         return 0
     stack = find_blocks(model, recipe.stack)
-    return _budget(recipe, stack, _removable(recipe, get_strategy(recipe.strategy)(), stack))
+    count = _budget(recipe, stack, _removable(recipe, get_strategy(recipe.strategy)(), stack))
+    return 1 if recipe.budget in OPEN_BUDGETS else count
+
+
+def refuse_named_depths(recipe: Recipe) -> None:
+    """Raises `ConfigurationError` where depths are named beside a budget that only measuring turns into one."""
+    if recipe.budget in OPEN_BUDGETS:
+        raise ConfigurationError(
+            f"--export names the depths, and {recipe.budget} asks for one that only measuring tells: leave one of "
+            "them out."
+        )
 
 
 def _budget(recipe: Recipe, stack: BlockStack, removable: tuple[int, ...]) -> int:
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks]
-    total = sum(parameter.numel() for parameter in stack.model.parameters())
+    def size(module: nn.Module) -> int:
+        in_bytes = recipe.budget == "target_size_gb"
+        return sum(each.numel() * (each.element_size() if in_bytes else 1) for each in module.parameters())
+
+    sizes, total = [size(block) for block in stack.blocks], size(stack.model)
     return recipe.budget_blocks(len(stack), removable, block_params=sizes, total_params=total)
 
 

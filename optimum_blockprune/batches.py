@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigurationError
+from .errors import CalibrationError, ConfigurationError
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +172,23 @@ class CalibrationWindows:
             "tokens": self.num_tokens,
             "recipe": self.recipe,
         }
+
+
+def refuse_shared(calibration: CalibrationWindows | None, held_out: CalibrationWindows) -> None:
+    """Raises `CalibrationError` where held-out text was calibrated on.
+
+    Windows are compared token by token; those with further inputs or labels are not, as these may differ.
+    """
+    if calibration is None or any(each.extra or each.labels is not None for each in (calibration, held_out)):
+        return
+    known = {row.numpy().tobytes() for row in calibration.input_ids}
+    shared = sum(row.numpy().tobytes() in known for row in held_out.input_ids)
+    if shared:
+        raise CalibrationError(
+            f"{shared} of {held_out.num_windows} windows of held_out_dataset are windows of dataset as well: what is "
+            "chosen on a text says little about it. Leave held_out_dataset out, and a part of dataset is held out; or "
+            "give other text."
+        )
 
 
 def _fingerprint(ids: Tensor, mask: Tensor | None, extra: Sequence[Tensor], labels: Tensor | None) -> str:

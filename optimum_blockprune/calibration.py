@@ -58,6 +58,8 @@ class WindowSpec:
         split: Split to take of a named data set.
         max_length: The longest input that the model takes, in tokens; `seqlen` is clipped to it.
         inputs: What rows may hold for the model besides `input_ids`; `None` if nothing.
+        beside: Instead of the `num_samples` windows (recipe `sleb`: rows) that are chosen without it, this many of the
+            others: those that come next in the order of the seed. The two sets share nothing.
 
     Raises:
         ConfigurationError: When a value is impossible.
@@ -72,17 +74,23 @@ class WindowSpec:
     split: str = "train"
     max_length: int | None = None
     inputs: RowInputs | None = None
+    beside: int | None = None
 
     def __post_init__(self) -> None:
         if self.recipe not in CALIBRATION_RECIPES:
             known = ", ".join(CALIBRATION_RECIPES)
             raise ConfigurationError(f"Calibration recipe {self.recipe!r} is unknown; possible: {known}.")
-        for name, least in (("num_samples", 1), ("seqlen", 2), ("seed", 0), ("max_length", 2)):
+        for name, least in (("num_samples", 1), ("seqlen", 2), ("seed", 0), ("max_length", 2), ("beside", 1)):
             value = getattr(self, name)
-            if value is None and name in ("num_samples", "max_length"):
+            if value is None and name in ("num_samples", "max_length", "beside"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+    @property
+    def needed(self) -> int | None:
+        """Windows that the text has to have; `None` where all of them are wanted."""
+        return None if self.num_samples is None else self.num_samples + (self.beside or 0)
 
 
 def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec: WindowSpec) -> CalibrationWindows:
@@ -108,8 +116,7 @@ def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec:
     if first is None:
         raise CalibrationError(f"{source} is empty: there is no text to calibrate on. Give another dataset=... .")
     if spec.inputs is not None and isinstance(first, Mapping) and is_model_row(first, spec.inputs):
-        rows = rows if hasattr(rows, "__len__") else list(islice(iterate(rows, source), spec.num_samples))
-        chosen = [rows[index] for index in _choose(len(rows), spec.num_samples, spec.seed)]
+        chosen = _model_rows(rows, source, spec)
         return windows_from_rows(chosen, spec.inputs, source=source, seqlen=seqlen)
     if isinstance(first, Mapping) and "input_ids" in first and spec.text_field is None:
         ids, mask = _pad(_tokenised_rows(rows, source, spec, seqlen))
@@ -127,12 +134,34 @@ def _clipped_seqlen(spec: WindowSpec) -> int:
     return spec.max_length
 
 
-def _choose(total: int, count: int | None, seed: int) -> list[int]:
-    """`count` of `total` indices, ascending; all of them when `count` is `None` or too large."""
-    if count is None or count >= total:
-        return list(range(total))
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(total, generator=generator)[:count].sort().values.tolist()
+def _model_rows(rows: Any, source: str, spec: WindowSpec) -> list[Any]:
+    """Chosen rows; of a stream its first ones, or those that come next."""
+    if hasattr(rows, "__len__"):
+        return [rows[index] for index in _choose(len(rows), spec, source)]
+    first = 0 if spec.beside is None else spec.num_samples
+    chosen = list(islice(iterate(rows, source), first, spec.needed))
+    if len(chosen) < (spec.beside or 0):
+        raise _too_few(source, first + len(chosen), spec)
+    return chosen
+
+
+def _choose(total: int, spec: WindowSpec, source: str) -> list[int]:
+    """Indices below `total`, ascending; all of them when as many are wanted, or more."""
+    count = total if spec.num_samples is None else min(spec.num_samples, total)
+    generator = torch.Generator().manual_seed(spec.seed)
+    order = torch.arange(total) if count == total else torch.randperm(total, generator=generator)
+    if spec.beside is not None and total < spec.needed:
+        raise _too_few(source, total, spec)
+    chosen = order[:count] if spec.beside is None else order[count : spec.needed]
+    return chosen.sort().values.tolist()
+
+
+def _too_few(source: str, found: int, spec: WindowSpec) -> CalibrationError:
+    return CalibrationError(
+        f"{source} is too short: it has {found} windows, and {spec.needed} are needed: {spec.num_samples} to "
+        f"calibrate on, {spec.beside} held out. Lower num_samples (--num-samples) or held_out_samples "
+        "(--held-out-samples), or give a held_out_dataset (--held-out-dataset)."
+    )
 
 
 def _text_windows(
@@ -141,20 +170,23 @@ def _text_windows(
     """Cuts text into windows `[n, seqlen]` by the recipe of `spec`."""
     needed, wanted = (spec.num_samples or 1) * seqlen, None
     if spec.recipe == "sleb":
-        rows, needed = shuffled(rows, seed=spec.seed, count=spec.num_samples), seqlen
+        rows, needed = shuffled(rows, seed=spec.seed, count=spec.needed), seqlen
+        rows = rows if spec.beside is None else list(islice(iterate(rows, source), spec.num_samples, None))
     elif spec.num_samples is not None:
         wanted = _POOL_FACTOR * needed
     bar = tqdm(iterate(rows, source), desc="Tokenising", unit=" docs", leave=False, disable=None)
     with bar:
         texts = documents(bar, tokenizer, text_field=spec.text_field, use_chat_template=spec.use_chat_template)
         stream = _token_stream(texts, tokenizer, wanted)
+    if spec.beside is not None and stream.numel() < seqlen:
+        raise _too_few(source, stream.numel() // seqlen, spec)
     if stream.numel() < needed:
         raise _too_short(source, stream.numel(), needed, seqlen)
     windows = stream[: stream.numel() // seqlen * seqlen].view(-1, seqlen)
     if spec.recipe == "sleb":
         logger.info("Recipe 'sleb' made %d windows of %s rows.", len(windows), spec.num_samples or "all")
         return windows
-    return windows[_choose(len(windows), spec.num_samples, spec.seed)]
+    return windows[_choose(len(windows), spec, source)]
 
 
 def _token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> Tensor:
@@ -194,7 +226,7 @@ def _tokenised_rows(rows: Any, source: str, spec: WindowSpec, seqlen: int) -> li
             f"{source} is too short: {len(rows)} tokenised examples found, {spec.num_samples} needed. Lower"
             f" num_samples (--num-samples) to {len(rows)} or fewer, or give more examples."
         )
-    pairs = [(index, *_read_tokens(rows[index], index)) for index in _choose(len(rows), spec.num_samples, spec.seed)]
+    pairs = [(index, *_read_tokens(rows[index], index)) for index in _choose(len(rows), spec, source)]
     longer = sum(len(ids) > seqlen for _, ids, _ in pairs)
     if longer:
         logger.info("%d of %d tokenised examples are cut to their first %d tokens.", longer, len(pairs), seqlen)

@@ -9,11 +9,14 @@ from typing import Any
 
 from .card_data import calibrations, direct_base, direct_repo, licence_link
 from .card_text import FAMILIES, HUB, code, counted, fenced, figure, hub_text, last_part, model_name, plain, text_name
+from .json_values import fits
 from .plan import PruningPlan
 from .report import PruningReport
 from .reproduce import PLACEHOLDER, PRUNED, apply_command
 
 
+# What a budget that is measured leaves in a plan's details; see `budgets`.
+_FIGURES = ("perplexity_dense", "perplexity", "increase", "kl", "speedup", "prefill_speedup", "decode_speedup")
 _PROOFS = {
     "logits": "The written checkpoint was loaded again and gave the outputs of the dense model with these parts "
     "switched off.",
@@ -74,6 +77,7 @@ def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
         name = code(part["strategy"])
         of, by = (f" of {name}", f" by {name}") if len(parts) > 1 else ("", "")
         yield f"Asked for{by}: {_pairs(part.get('requested'))}"
+        yield from _reached(part.get("details"))
         yield f"Options{of}: {_pairs(part.get('options'))}"
         yield f"Seed{of}: {part.get('seed', 0)}"
     for each in calibrations(plan, report):
@@ -92,6 +96,19 @@ def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
         yield f"Versions: {_versions(report.versions)}"
     if plan.versions and dict(plan.versions) != report.versions:
         yield f"Versions that chose: {_versions(plan.versions)}"
+
+
+def _reached(details: Any) -> Iterator[str]:
+    """What was measured for a budget that only measuring turns into a number of blocks."""
+    budget = details.get("budget") if isinstance(details, Mapping) else None
+    if not isinstance(budget, Mapping):
+        return
+    figures = {name: f"{budget[name]:.4g}" for name in _FIGURES if fits(budget.get(name), float)}
+    if figures:
+        yield f"Reached: {_pairs(figures)}"
+    text = budget.get("held_out")
+    if isinstance(text, Mapping) and all(fits(text.get(name), float) for name in ("windows", "seqlen", "tokens")):
+        yield f"Held-out text that this was measured on: {_calibration(text)}"
 
 
 def _versions(versions: Mapping[str, Any]) -> str:

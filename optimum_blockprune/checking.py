@@ -25,7 +25,10 @@ from .widths import FAMILIES
 
 
 # An empty model cannot be run, and halves are found by running blocks.
-_TRIED = "tried on the weights, before any text is read: attention and MLP must add to the residual stream one after the other"
+_TRIED = (
+    "tried on the weights, before any text is read: attention and MLP must add to the residual stream one after the "
+    "other"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Check:
         stack: `"decoder"` or `"encoder"`; `None` where there is nothing to prune.
         num_blocks: Number of blocks; `None` where it is not known.
         units: What can be removed: `"block"`, `"half_block"`, `"mlp"` (channels), `"attention"` (heads), each with
-            `"yes"` or the reason why not; of half-blocks, the reason or that it is tried on the weights. Of width, what an ordinary checkpoint can hold; it is tried on the weights.
+            `"yes"` or the reason why not; of half-blocks, the reason or that it is tried on the weights. Of width,
+            what an ordinary checkpoint can hold; it is tried on the weights.
         search: Whether a search may choose blocks: `"yes"` or the reason why they have to be named.
         removable: Blocks that may go, one at a time or together.
         protected: Blocks that stay, with the reason.

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from optimum.utils import logging
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import Layout
 from .asked import asked_for
-from .batches import CalibrationWindows
+from .batches import CalibrationWindows, refuse_shared
 from .blocks import BlockStack, find_blocks
+from .budget_rules import QUALITY_BUDGETS
+from .budgets import plan_within
 from .calibration import WindowSpec, build_windows
 from .environment import versions
 from .errors import CalibrationError, PlanError
@@ -75,8 +78,9 @@ def choose(
     runner = BlockRunner(model, recipe.stack)
     _require_halves(runner, recipe, strategy)
     windows = _calibrate(stack, recipe, tokenizer, report)
+    held_out = _held_out_part(stack, recipe, tokenizer, windows)
     if (team := Team.current()).size > 1:
-        for name, described in run_fingerprint(stack, recipe, windows).items():
+        for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
             team.check_same(name, json.dumps(described))
     context = SearchContext(
         runner=runner,
@@ -92,11 +96,10 @@ def choose(
         unit_scores={} if unit_scores is None else unit_scores,
         unit=recipe.unit or BLOCK,
         team=team,
-        ledger=None if windows is None or keep is None else _ledger(stack, recipe, windows, keep),
+        ledger=_ledger(stack, recipe, windows, held_out, keep),
     )
     with report.timed("search"):
-        plan = strategy.select(context)
-    _check_choice(plan, context, recipe.strategy)
+        plan = plan_within(recipe, strategy, context, held_out, partial(_check_choice, strategy=recipe.strategy))
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
@@ -110,9 +113,17 @@ def _require_halves(runner: BlockRunner, recipe: Recipe, strategy: PruningStrate
             runner.halves.shown()  # hidden states are measured, also those between halves
 
 
-def _ledger(stack: BlockStack, recipe: Recipe, windows: CalibrationWindows, keep: Keep) -> Ledger | None:
+def _ledger(
+    stack: BlockStack,
+    recipe: Recipe,
+    windows: CalibrationWindows | None,
+    held_out: CalibrationWindows | None,
+    keep: Keep | None,
+) -> Ledger | None:
     """What was measured before; of several processes, the first one reads and writes it."""
-    return Team.current().by_first(lambda: keep(run_fingerprint(stack, recipe, windows)))
+    if keep is None or (windows is None and held_out is None):
+        return None
+    return Team.current().by_first(lambda: keep(run_fingerprint(stack, recipe, windows, held_out)))
 
 
 def _record_cost(report: PruningReport, plan: PruningPlan, context: SearchContext) -> None:
@@ -167,13 +178,13 @@ def window_spec(recipe: Recipe, /, **changes: Any) -> WindowSpec:
     return WindowSpec(**{**spec, **changes})
 
 
-def held_out_split(dataset: Any) -> str:
+def held_out_split(dataset: Any, order: Sequence[str] = ("test", "validation", "train")) -> str:
     """The split to evaluate on: the test split, or the nearest to it that a data set with several splits has."""
     if isinstance(dataset, str) and dataset in HUB_DATASETS:
         splits: Collection[str] = HUB_DATASETS[dataset].splits
     else:
         splits = dataset if isinstance(dataset, Mapping) else ()
-    return next((split for split in ("test", "validation", "train") if split in splits), "test")
+    return next((split for split in order if split in splits), order[0])
 
 
 def held_out(
@@ -220,7 +231,9 @@ def _calibrate(
     """The windows as the strategy measures on them; `None` for one that measures nothing."""
     strategy = get_strategy(recipe.strategy)
     if not strategy.needs_data:
-        if recipe.dataset is not None:
+        if recipe.dataset is not None and (
+            recipe.budget not in QUALITY_BUDGETS or recipe.held_out_dataset is not None
+        ):
             logger.warning(
                 f"Strategy '{recipe.strategy}' measures nothing; dataset={recipe.dataset!r:.80} has no effect."
             )
@@ -233,6 +246,32 @@ def _calibrate(
     with report.timed("calibration"):
         windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe))
         return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss, seed=recipe.seed)
+
+
+def _held_out_part(
+    stack: BlockStack,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    windows: CalibrationWindows | None,
+) -> CalibrationWindows | None:
+    """Text that a budget of quality is held to: windows that are not calibrated on; `None` for other budgets."""
+    if recipe.budget not in QUALITY_BUDGETS:
+        return None
+    count, dataset = recipe.held_out_samples or recipe.num_samples, recipe.held_out_dataset
+    if dataset is not None:
+        split = held_out_split(dataset, ("validation", "test", "train"))
+        found = windows_for(
+            stack, dataset, tokenizer, window_spec(recipe, num_samples=count, recipe="windows", split=split)
+        )
+        refuse_shared(windows, found)
+    elif recipe.dataset is not None:
+        found = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe, beside=count))
+    else:
+        raise CalibrationError(
+            f"{recipe.budget} is held to text: give dataset=... (--dataset PATH), of which a part is held out, or "
+            "held_out_dataset=... (--held-out-dataset PATH)."
+        )
+    return fitted(found, stack.model, stack.layout, tokenizer, masked=True, seed=recipe.seed)
 
 
 def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> None:

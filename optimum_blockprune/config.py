@@ -21,6 +21,7 @@ from optimum.version import __version__ as optimum_version
 from transformers import __version__ as transformers_version
 
 from . import __version__
+from .budget_rules import HELD_OUT_FIELDS
 from .errors import ConfigurationError, OutputError, nearest
 from .hub import check_repo_id, push_file
 from .json_values import json_fault
@@ -44,8 +45,9 @@ class BlockPruningConfig(BaseConfig):
     """What to remove, how to choose it, and on which text.
 
     The fields are those of `Recipe`, which documents each of them. At most one budget (`sparsity`, `num_blocks`,
-    `target_params`) may be given; without one, a fifth of the blocks goes. Everything is checked on construction, and
-    again where `recipe` is read, since attributes of a configuration can be set.
+    `target_params`, `target_size_gb`, `max_ppl_increase`, `max_kl`, `target_speedup`) may be given; without one, a
+    fifth of the blocks goes. Everything is checked on construction, and again where `recipe` is read, since attributes
+    of a configuration can be set.
 
     Raises:
         ConfigurationError: A field is unknown or has an impossible value, or the strategy has no such option.
@@ -62,6 +64,12 @@ class BlockPruningConfig(BaseConfig):
         *,
         num_blocks: int | None = Recipe.num_blocks,
         target_params: int | None = Recipe.target_params,
+        target_size_gb: float | None = Recipe.target_size_gb,
+        max_ppl_increase: float | None = Recipe.max_ppl_increase,
+        max_kl: float | None = Recipe.max_kl,
+        target_speedup: float | None = Recipe.target_speedup,
+        held_out_dataset: Any = Recipe.held_out_dataset,
+        held_out_samples: int | None = Recipe.held_out_samples,
         unit: str | None = Recipe.unit,
         stack: str | None = Recipe.stack,
         dataset: Any = Recipe.dataset,
@@ -102,10 +110,12 @@ class BlockPruningConfig(BaseConfig):
         The plan keeps the fingerprint of such a dataset.
         """
         values = _values(self)
-        dataset = values.pop("dataset")
+        texts = {name: values.pop(name) for name in ("dataset", "held_out_dataset")}
         return {
             **deepcopy(values),
-            "dataset": os.fspath(dataset) if isinstance(dataset, (str, os.PathLike)) else None,
+            **{
+                name: os.fspath(each) if isinstance(each, (str, os.PathLike)) else None for name, each in texts.items()
+            },
             "block_pruning_version": __version__,
             "optimum_version": optimum_version,
             "transformers_version": transformers_version,
@@ -288,7 +298,7 @@ def _without_replaced(values: dict[str, Any], overrides: Mapping[str, Any]) -> d
     """Returns the values that the overrides leave in force."""
     replaced = set(overrides)
     if any(overrides.get(name) is not None for name in BUDGET_FIELDS):
-        replaced.update(BUDGET_FIELDS)
+        replaced.update((*BUDGET_FIELDS, *HELD_OUT_FIELDS))
     if overrides.get("strategy", values.get("strategy")) != values.get("strategy"):
         replaced.add("strategy_options")
     return {name: value for name, value in values.items() if name not in replaced}

@@ -19,7 +19,7 @@ from .batches import Batch, CalibrationWindows
 from .errors import ConfigurationError, NonFiniteError
 from .generation import check_generation
 from .inputs import Caller, evaluating, positions_of, vocabulary_of
-from .losses import perplexity_of
+from .losses import kl_of, perplexity_of
 from .runner import BlockRunner
 
 
@@ -121,6 +121,14 @@ def speed_of(model: PreTrainedModel, windows: CalibrationWindows, *, decode_toke
     Returns:
         `prefill_tokens_per_second`; `decode_tokens_per_second` of a model that generates.
     """
+    timed = seconds_of(model, windows, decode_tokens=decode_tokens)
+    return {f"{name}_tokens_per_second": tokens / seconds for name, (tokens, seconds) in timed.items()}
+
+
+def seconds_of(
+    model: PreTrainedModel, windows: CalibrationWindows, *, decode_tokens: int
+) -> dict[str, tuple[int, float]]:
+    """Tokens and seconds of a `"prefill"` and, of a model that generates, a `"decode"`; see `speed_of`."""
     layout = layout_for(model)
     first = next(windows.batches(1))
     prompt = first if _is_special(first) else Batch(first.input_ids[:, :512])
@@ -143,11 +151,11 @@ def speed_of(model: PreTrainedModel, windows: CalibrationWindows, *, decode_toke
 
     with torch.no_grad(), evaluating(model):
         prefill()
-        speeds = {"prefill_tokens_per_second": prompt.input_ids.shape[1] / _seconds(prefill, model.device)}
+        timed = {"prefill": (prompt.input_ids.shape[1], _seconds(prefill, model.device))}
         if model.can_generate():
             decode(min(4, decode_tokens))
-            speeds["decode_tokens_per_second"] = decode_tokens / _seconds(decode, model.device)
-        return speeds
+            timed["decode"] = (decode_tokens, _seconds(decode, model.device))
+        return timed
 
 
 def _is_special(batch: Batch) -> bool:
@@ -156,6 +164,8 @@ def _is_special(batch: Batch) -> bool:
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what the warm-up has left
     begin = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -208,7 +218,7 @@ def _score(
                 "overflows. Load the model in another dtype."
             )
         if truth_runner is not None:
-            kl = kl + _kl(_predictions(truth_runner, batch, scored).to(chosen.device), chosen)
+            kl = kl + kl_of(_predictions(truth_runner, batch, scored).to(chosen.device), chosen)
     return (nll / count).item(), None if baseline is None else (kl / count).item(), count
 
 
@@ -252,9 +262,3 @@ def _targets(batch: Batch, last: int) -> tuple[Tensor, Tensor]:
     if batch.attention_mask is not None:
         scored = scored & batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
     return F.pad(scored, (0, 1)), batch.input_ids[:, 1:][scored]
-
-
-def _kl(truth: Tensor, logits: Tensor) -> Tensor:
-    """Summed KL(truth || model) in nats over rows of logits [n, vocabulary], float64 on the CPU."""
-    rows = F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), reduction="none", log_target=True)
-    return rows.double().sum().cpu()

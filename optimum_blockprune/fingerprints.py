@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .batches import CalibrationWindows
 from .blocks import BlockStack
+from .budget_rules import HELD_OUT_FIELDS
 from .environment import versions
 from .recipe import BUDGET_FIELDS, Recipe
 from .registry import GROUP, build_options, get_strategy
@@ -31,23 +32,31 @@ from .tensors import StoredTensor, read_weights
 _VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype")
 # Fields that reach the result through the windows alone, whose own fingerprint is in `data`; and one that only rounds.
 _BY_DATA = ("dataset", "dataset_text_field", "num_samples", "seqlen", "use_chat_template", "calibration_recipe")
+_BY_DATA += HELD_OUT_FIELDS
 _BY_ROUNDING = ("batch_size",)
 # Our choice: values looked at in each tensor, and pieces of bytes in each tensor of a file. Whatever trains, merges or
 # converts a model changes nearly all values of a tensor; one that differs in single values only is not told apart.
 _SAMPLES, _PIECES, _PIECE_BYTES = 48, 8, 64
 
 
-def run_fingerprint(stack: BlockStack, recipe: Recipe, windows: CalibrationWindows | None) -> dict[str, Any]:
+def run_fingerprint(
+    stack: BlockStack,
+    recipe: Recipe,
+    windows: CalibrationWindows | None,
+    held_out: CalibrationWindows | None = None,
+) -> dict[str, Any]:
     """Describes a search in JSON values, one group of entries each for model, data, recipe and versions.
 
     Args:
         stack: The blocks of the dense model.
         recipe: What is wanted.
         windows: The text that is measured on; `None` for a strategy that measures nothing.
+        held_out: The text that a budget of quality is held to.
     """
     return {
         "model": model_fingerprint(stack),
         "data": None if windows is None else _data(windows),
+        **({} if held_out is None else {"held_out": _data(held_out)}),
         "recipe": _recipe(stack, recipe),
         "versions": {**_plug_in(recipe.strategy), **versions()},
     }

@@ -98,6 +98,12 @@ def head_rows(batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Batch]]:
         yield slice(row, row + step), batch.rows(slice(row, row + step))
 
 
+def kl_of(truth: Tensor, logits: Tensor) -> Tensor:
+    """Summed KL(truth || model) in nats over rows of logits [n, vocabulary], float64 on the CPU."""
+    rows = F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), reduction="none", log_target=True)
+    return rows.double().sum().cpu()
+
+
 def perplexity_of(loss: float) -> float:
     """exp(mean NLL), infinite instead of an overflow."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -146,9 +146,9 @@ def _removal(report: PruningReport) -> Html | None:
 
 def _sizes(report: PruningReport) -> Html | None:
     achieved, rows = report.achieved, []
-    for name in ("blocks", "parameters"):
+    for name, title in (("blocks", "blocks"), ("parameters", "parameters"), ("size_bytes", "bytes of the weights")):
         if f"{name}_before" in achieved:
-            rows.append((name, *_change(achieved[f"{name}_before"], achieved.get(f"{name}_after"))))
+            rows.append((title, *_change(achieved[f"{name}_before"], achieved.get(f"{name}_after"))))
     for family, counts in achieved.get("units", {}).items():
         rows.append((f"{_family(family)}, all blocks", *_change(counts.get("before"), counts.get("after"))))
     if achieved.get("padding_parameters"):

@@ -41,6 +41,7 @@ def truncated(plan: Any, num_blocks: int) -> Any:
         smaller = {count: blocks for count, blocks in plan.smaller.items() if int(count) < num_blocks}
     provenance = {**vars(plan), "steps": steps, "details": details, "smaller": smaller}
     provenance["requested"] = {"num_blocks": num_blocks}
+    details.pop("budget", None)  # what was measured for it is of another depth
     if not any(isinstance(name, str) for each in (order, *smaller.values()) for name in each):
         provenance["halves"] = {}
     for name in ("model_type", "num_blocks", "blocks", "removed_blocks", "removed_halves"):

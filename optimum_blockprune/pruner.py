@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,8 +133,7 @@ class BlockPruner(Healing):
         recipe = (config or self.config).recipe
         if removes(recipe) == "width":
             return score_units(self.model, recipe, self.tokenizer)
-        recipe = replace(recipe, sparsity=None, target_params=None, num_blocks=1)
-        plan = choose(self.model, recipe, self.tokenizer, PruningReport())
+        plan = choose(self.model, recipe.with_num_blocks(1), self.tokenizer, PruningReport())
         return {int(name) if name.isdigit() else name: score for name, score in plan.scores.items()}
 
     @in_step

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
+from .budget_rules import HELD_OUT_FIELDS, OPEN_BUDGETS, blocks_for_size, check_held_out, check_number
 from .errors import ConfigurationError, nearest
 from .widths import LAYOUTS
 
 
 DEFAULT_SPARSITY = 0.2
-BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params")
+BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params", "target_size_gb", *OPEN_BUDGETS)
 CALIBRATION_RECIPES = ("windows", "sleb")
 
 
@@ -49,6 +50,49 @@ class Recipe:
     target_params: int | None = field(
         default=None,
         metadata={"help": "Budget: number of parameters that the pruned model may have at most.", "minimum": 1},
+    )
+    target_size_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: gigabytes (1e9 bytes) that the weights of the pruned model may take at most, in the "
+            "dtype in which the model is loaded.",
+            "above": 0,
+        },
+    )
+    max_ppl_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: as many blocks as keep the perplexity on held-out text within this share above that of "
+            "the dense model; 0.1 is 10 percent.",
+            "above": 0,
+        },
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: as many blocks as keep the mean KL(dense || pruned) on held-out text within this many "
+            "nats per token.",
+            "above": 0,
+        },
+    )
+    target_speedup: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: as few blocks as make both prefill and decoding (batch 1, measured on this machine) this "
+            "many times as fast as those of the dense model; 1.25 for a quarter more.",
+            "above": 1,
+        },
+    )
+    held_out_dataset: Any = field(
+        default=None,
+        metadata={
+            "help": "Text that max_ppl_increase and max_kl are held to, like dataset; of a data set with several "
+            "splits the validation split. If not given: windows of dataset that are not calibrated on."
+        },
+    )
+    held_out_samples: int | None = field(
+        default=None,
+        metadata={"help": "Windows of held-out text; as many as num_samples if not given.", "minimum": 1},
     )
     unit: str | None = field(
         default=None,
@@ -130,10 +174,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_budget(self)
-        for count in fields(self):
-            if "minimum" in count.metadata:
-                _check_whole_number(count, getattr(self, count.name))
+        for each in fields(self):
+            if "minimum" in each.metadata:
+                _check_whole_number(each, getattr(self, each.name))
+            if "above" in each.metadata:
+                check_number(each, getattr(self, each.name))
         _check_texts(self)
+        check_held_out(self)
         _check_options(self.strategy_options)
 
     @property
@@ -142,16 +189,25 @@ class Recipe:
         given = {name: getattr(self, name) for name in BUDGET_FIELDS if getattr(self, name) is not None}
         return given or {"sparsity": DEFAULT_SPARSITY}
 
+    @property
+    def budget(self) -> str:
+        """Name of the one budget."""
+        return next(iter(self.requested))
+
+    def with_num_blocks(self, num_blocks: int) -> Recipe:
+        """Returns the recipe with another budget, and without the fields that only counted for its own."""
+        return replace(self, **{**dict.fromkeys((*BUDGET_FIELDS, *HELD_OUT_FIELDS)), "num_blocks": num_blocks})
+
     def budget_blocks(
         self, num_blocks: int, removable: Sequence[int], *, block_params: Sequence[int], total_params: int
     ) -> int:
-        """Turns the budget into the number of blocks to remove from one model.
+        """Turns the budget into the number of blocks to remove from one model; an open one into the largest number.
 
         Args:
             num_blocks: Number of blocks of the model.
             removable: Indices of the blocks that may go, ascending.
-            block_params: Parameters that go with each of the `num_blocks` blocks.
-            total_params: Parameters of the whole model.
+            block_params: Parameters that go with each of the `num_blocks` blocks; bytes where the budget is a size.
+            total_params: Parameters, or bytes, of the whole model.
 
         Raises:
             ConfigurationError: More blocks are asked for than may go, or the model is already small enough.
@@ -161,13 +217,15 @@ class Recipe:
         limit = min(len(removable), num_blocks - 1)
         if name == "target_params":
             return _blocks_for_target(value, sorted(block_params[i] for i in removable)[:limit], total_params)
-        count = value
+        if name == "target_size_gb":
+            return blocks_for_size(value, sorted(block_params[i] for i in removable)[:limit], total_params)
+        count = max(1, limit) if name in OPEN_BUDGETS else value
         if name == "sparsity":
             # The decimal that the user typed, not its binary neighbour: 0.07 of 100 blocks is 7, not 8.
             count = math.ceil(num_blocks * Fraction(str(value)))
         if count <= limit:
             return count
-        largest = {"sparsity": math.floor(limit / num_blocks * 10_000) / 10_000, "num_blocks": limit}[name]
+        largest = math.floor(limit / num_blocks * 10_000) / 10_000 if name == "sparsity" else limit
         allowed = f"The largest possible {name} is {largest}." if limit > 0 else "No block may go."
         raise ConfigurationError(
             f"{name}={value} asks to remove {count} of {num_blocks} blocks, but only {limit} may go: "

@@ -55,7 +55,7 @@ def record(
     _record_origin(report, model, source, dict(loading or {}))
     named = plan.with_provenance(base_model=report.base.get("model") or plan.base_model)
     report.command = command_for(named, config, revision=report.base.get("revision"), loading=loading)
-    for name in ("blocks", "parameters"):
+    for name in ("blocks", "parameters", "size_bytes"):
         report.achieved[f"{name}_before"] = before[name]
         report.achieved[f"{name}_after"] = after[name]
         report.achieved[f"{name}_removed"] = 1 - after[name] / before[name]

@@ -26,9 +26,10 @@ class PruningReport:
 
     Attributes:
         requested: The budget as asked for.
-        achieved: `blocks_before`, `blocks_after`, `blocks_removed` (fraction), the same for `parameters`. Where units
-            of width went: `layout`, `units` (`before`, `after`, `removed` by family, summed over blocks), and
-            `padding_parameters`, the zeros that layout `"padded"` stores.
+        achieved: `blocks_before`, `blocks_after`, `blocks_removed` (fraction), the same for `parameters` and for
+            `size_bytes`, the bytes of the weights in their dtype. Where units of width went: `layout`, `units`
+            (`before`, `after`, `removed` by family, summed over blocks), and `padding_parameters`, the zeros that
+            layout `"padded"` stores.
         block_forwards: Block executions of the search, per calibration window.
         reused_measurements: After a resume: measurements that an earlier try had finished; what the search spent on
             them is not counted here.

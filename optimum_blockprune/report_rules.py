@@ -35,6 +35,7 @@ _EVALUATION = (
 _UNITS, _COUNTS = Mapping[str, Mapping[str, float]], _all(float, "before after")
 _ACHIEVED = _all(_FIGURE, "blocks_before blocks_after blocks_removed padding_parameters") | {"units": _UNITS}
 _ACHIEVED |= _all(_FIGURE, "parameters_before parameters_after parameters_removed") | {"layout": _TEXT}
+_ACHIEVED |= _all(_FIGURE, "size_bytes_before size_bytes_after size_bytes_removed")
 _BASE = _all(_TEXT, "model revision license_name license_link card gguf_file subfolder")
 _BASE |= {"license": _LANGUAGES, "language": _LANGUAGES}
 _TASK = {"task": str} | _all(_TEXT, "label primary source dataset") | _all(_FIGURE, "samples num_fewshot")

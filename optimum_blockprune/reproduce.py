@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .budget_rules import QUALITY_BUDGETS
 from .card_text import hub_id, hub_text
 from .healing_spec import HealingSpec
 from .plan import PLAN_FILE, PruningPlan
@@ -27,7 +28,7 @@ _LOADING = ("revision", "subfolder", "gguf_file", "dtype", "trust_remote_code", 
 _APPLY_LOADING = ("revision", "subfolder", "trust_remote_code")
 
 # Fields that have a flag of another name, or a place of their own in the line.
-_SPELLED_APART = ("strategy", *BUDGET_FIELDS, "dataset", "strategy_options")
+_SPELLED_APART = ("strategy", *BUDGET_FIELDS, "dataset", "held_out_dataset", "strategy_options")
 
 _Flags = list[tuple[str, ...]]
 
@@ -126,16 +127,19 @@ def _chosen_again(plan: PruningPlan, config: BlockPruningConfig | None) -> _Flag
     if config is None or "parts" in plan.details or not _made_with(plan, config.recipe):
         return None
     recipe = config.recipe
-    dataset, options = _dataset(recipe.dataset), _options(recipe.strategy_options)
-    if dataset is None or options is None:
-        return None
     ((budget, value),) = plan.requested.items()
+    dataset, options = _dataset(recipe.dataset), _options(recipe.strategy_options)
+    # Of a plan that was cut short, the budget is a number of blocks, which nothing is held out for.
+    held_out = _dataset(recipe.held_out_dataset, "--held-out-dataset") if budget in QUALITY_BUDGETS else []
+    if dataset is None or options is None or held_out is None:
+        return None
     return [
         _valued("--strategy", recipe.strategy),
         *options,
         (_flag(budget), str(value)),
         *dataset,
-        *_changed(recipe),
+        *held_out,
+        *_changed(recipe, budget),
     ]
 
 
@@ -162,7 +166,7 @@ def _same_text(calibration: Mapping[str, Any] | None, recipe: Recipe) -> bool:
     return cut and (same or source == str(Path(name).expanduser()))
 
 
-def _dataset(dataset: Any) -> _Flags | None:
+def _dataset(dataset: Any, flag: str = "--dataset") -> _Flags | None:
     """A name or a file; `None` for data in memory. Of the author's own folders only those below the current one."""
     if dataset is None:
         return []
@@ -170,7 +174,7 @@ def _dataset(dataset: Any) -> _Flags | None:
         return None
     path = Path(dataset).expanduser()
     known = dataset in HUB_DATASETS or not (path.is_absolute() or ".." in path.parts)
-    return [_valued("--dataset", os.fspath(dataset) if known else path.name)]
+    return [_valued(flag, os.fspath(dataset) if known else path.name)]
 
 
 def _options(options: Mapping[str, Any] | None) -> _Flags | None:
@@ -180,11 +184,13 @@ def _options(options: Mapping[str, Any] | None) -> _Flags | None:
     return [("--strategy-option", f"{name}={value}") for name, value in (options or {}).items()]
 
 
-def _changed(recipe: Recipe) -> _Flags:
+def _changed(recipe: Recipe, budget: str) -> _Flags:
     """Every other field that differs from its default."""
     flags: _Flags = []
     for name, value in vars(recipe).items():
         if name in _SPELLED_APART or value == getattr(Recipe, name):
+            continue
+        if name == "held_out_samples" and budget not in QUALITY_BUDGETS:
             continue
         flags.append((_flag(name),) if value is True else _valued(_flag(name), str(value)))
     return flags

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .asked import num_to_remove, removes
+from .asked import num_to_remove, refuse_named_depths, removes
 from .checking import check_config
 from .config import BlockPruningConfig
 from .errors import ConfigurationError
@@ -125,6 +125,8 @@ def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
             f"Strategy '{recipe.strategy}' removes channels and heads, which have no depths: leave out --export and "
             "--curve."
         )
+    if args.export and not args.blocks:
+        refuse_named_depths(recipe)
     most = len(sorted_halves(read_units(args.blocks))) // 2 if args.blocks else num_to_remove(pruner.model, recipe)
     wrong = [count for count in args.export or () if not 0 < count <= most]
     if wrong:

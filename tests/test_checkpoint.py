@@ -235,6 +235,9 @@ def test_plan_report_and_provenance_are_written(llama: Path, tmp_path: Path) -> 
         "parameters_before": before,
         "parameters_after": after,
         "parameters_removed": pytest.approx(1 - after / before),
+        "size_bytes_before": 4 * before,
+        "size_bytes_after": 4 * after,
+        "size_bytes_removed": pytest.approx(1 - after / before),
     }
     assert report["verification"] == {"mode": "keys", "passed": True}
     assert (report["strategy"], report["requested"]) == ("sleb", {"num_blocks": 2})

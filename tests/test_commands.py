@@ -14,8 +14,8 @@ import pytest
 import optimum_blockprune
 from optimum_blockprune.commands import BlockPruneCommand
 from optimum_blockprune.errors import ConfigurationError, PlanError
-from optimum_blockprune.flags import given_fields, model_arguments
-from optimum_blockprune.recipe import Recipe
+from optimum_blockprune.flags import flag_of, given_fields, model_arguments
+from optimum_blockprune.recipe import BUDGET_FIELDS, Recipe
 
 
 COMMANDS = {
@@ -96,11 +96,16 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
         "protect_last": 2,
         "layout": "padded",
         "align": 16,
+        "held_out_dataset": "wikitext2",
+        "held_out_samples": 9,
     }
     words = [*words_for(typed), "--use-chat-template", "--strategy-option", "a=1", "--strategy-option", "b=x=y"]
     expected = {**typed, "use_chat_template": True, "strategy_options": {"a": "1", "b": "x=y"}}
     assert given_fields(parse(*COMMANDS[name], *words)) == expected
-    assert {field.name for field in fields(Recipe)} - set(expected) == {"sparsity", "target_params"}
+    others = {field.name for field in fields(Recipe)} - set(expected)
+    assert others == {*BUDGET_FIELDS} - {"num_blocks"}
+    for field in ("target_size_gb", "max_ppl_increase", "max_kl", "target_speedup"):
+        assert given_fields(parse(*COMMANDS[name], flag_of(field), "1.5")) == {field: 1.5}
     assert given_fields(parse(*COMMANDS[name], "--sparsity", "0.25")) == {"sparsity": 0.25}
     assert given_fields(parse(*COMMANDS[name], "--target-params", "1000")) == {"target_params": 1000}
     assert given_fields(parse(*COMMANDS[name], "--no-use-chat-template")) == {"use_chat_template": False}

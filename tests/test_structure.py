@@ -19,8 +19,8 @@ LAYERS = (
     ("errors",),
     ("half",),
     ("healing_spec", "json_values"),
-    ("plan_rules", "report_rules", "widths"),
-    ("joining",),
+    ("budget_rules", "plan_rules", "report_rules", "widths"),
+    ("joining", "width_places"),
     ("plan_changes",),
     # values, and tools that know neither models nor configurations
     ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
@@ -47,7 +47,9 @@ LAYERS = (
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
     ("output_bounds", "signals"),
+    ("speedup",),
     ("asked", "network_scores"),
+    ("budgets",),
     # strategies decide, the others execute; they meet in the plan
     (
         "choosing",
@@ -81,12 +83,23 @@ DEFERRED = {
     ("registry", "strategies.base"),
 }
 # Loaded by `optimum-cli --help`, by readers of a plan, or by `import optimum_blockprune`: no heavy library.
-LIGHT = ("__init__", "commands", "errors", "flags", "json_values", "joining", "plan", "plan_rules", "recipe")
+LIGHT = (
+    "__init__",
+    "budget_rules",
+    "commands",
+    "errors",
+    "flags",
+    "json_values",
+    "joining",
+    "plan",
+    "plan_rules",
+    "recipe",
+)
 LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report", "report_rules", "widths")
 LIGHT += ("healing_spec",)
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
-CHOOSERS = ("asked", "choosing", "width_task")
+CHOOSERS = ("asked", "budgets", "choosing", "width_task")
 MAX_FILE, MAX_FUNCTION = 350, 60
 
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

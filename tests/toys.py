@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, get_strategy
 from optimum_blockprune.batches import Batch
+from optimum_blockprune.recipe import BUDGET_FIELDS
 
 
 NUM_BLOCKS = 6
@@ -45,7 +46,7 @@ TEXTS = [text(40, seed) for seed in range(8)]
 def config(strategy: str = "sleb", **fields: Any) -> BlockPruningConfig:
     """Two blocks (or 40 % of the width) by four windows of sixteen tokens, unless told otherwise."""
     usual = {"sparsity": 0.4} if get_strategy(strategy).unit == "width" else {"num_blocks": 2}
-    budget = {} if {"sparsity", "target_params", "num_blocks"} & set(fields) else usual
+    budget = {} if set(BUDGET_FIELDS) & set(fields) else usual
     defaults = {"dataset": TEXTS, "num_samples": 4, "seqlen": 16, "batch_size": 2}
     if strategy == "functional_network":
         defaults["strategy_options"] = {"groups": 1}  # networks need more tokens than a fourth of these

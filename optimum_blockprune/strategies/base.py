@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import CalibrationError
 from ..half import Half, Removal, Row, Unit, name_of, names_of, removals, sorted_halves
 from ..plan import PruningPlan
-from ..widths import Narrowing, UnitGroup, Width
+from ..width_places import Place, WidthTask
+from ..widths import Narrowing, Width
 
 
 if TYPE_CHECKING:
@@ -36,61 +37,6 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Units of one group in one block.
-
-    Attributes:
-        block: Number of the block.
-        group: Position of the group in `WidthTask.groups`.
-        units: Number of units now.
-        keep: Number that stays where every block keeps the same share.
-        cost: Parameters that go with one unit.
-        free: Whether units may go; the others are protected.
-    """
-
-    block: int
-    group: int
-    units: int
-    keep: int
-    cost: int
-    free: bool = True
-
-
-@dataclass(frozen=True)
-class WidthTask:
-    """What a strategy of unit `"width"` is asked for.
-
-    Attributes:
-        groups: The kinds of units.
-        places: Every block and group that the model has.
-        layout: `"uniform"` needs exactly `keep` units in every place; of the others, the sum of them over the free
-            places of a family counts.
-        align: Kept channels of an MLP are a multiple of it.
-        allowed: For each group, the numbers of units that the model's classes accept, ascending.
-    """
-
-    groups: tuple[UnitGroup, ...]
-    places: tuple[Place, ...]
-    layout: str
-    align: int
-    allowed: tuple[tuple[int, ...], ...]
-
-    @property
-    def free(self) -> tuple[Place, ...]:
-        """The places that may lose units."""
-        return tuple(place for place in self.places if place.free)
-
-    def room(self, group: int, widest: int) -> int:
-        """Units that blocks are padded to: as many as a configuration can say, all where it can say nothing."""
-        kind = self.groups[group]
-        return next(n for n in self.allowed[group] if n >= widest) if kind.fields else kind.units
-
-    def group_of(self, place: Place) -> UnitGroup:
-        """The kind of units of a place."""
-        return self.groups[place.group]
-
-
-@dataclass(frozen=True)
 class SearchContext:
     """All that a strategy may look at.
 
@@ -109,6 +55,8 @@ class SearchContext:
         unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
+        go_on: Whether to take another step after `removed`. A greedy search asks after each step; where the answer is
+            no, it returns a nested plan of what it has removed so far.
     """
 
     runner: BlockRunner
@@ -125,6 +73,7 @@ class SearchContext:
     unit: str = BLOCK
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
+    go_on: Callable[[Sequence[Removal]], bool] = lambda removed: True
     _size: BatchSize = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -117,6 +117,8 @@ class SLEB(PruningStrategy):
                 f"SLEB {number}/{context.num_remove}: removed block {name_of(best)}; loss {loss:.4f}, perplexity "
                 f"{perplexity_of(loss):.2f} (dense {perplexity_of(dense):.2f})"
             )
+            if not context.go_on(removed):
+                break
         details = {"objective": "nll", "dense_loss": dense, "naive_block_forwards": search.naive_block_forwards}
         if context.options.search == "race":
             details["race"] = {"looks": list(search.looks), "windows": search.windows.num_windows, "cell": CELL}

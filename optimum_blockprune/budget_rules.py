@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of the budgets that are no number of blocks or parameters: quality, size and speed.
+
+`recipe` uses this module; the recipes that come here are values that it made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import Field
+from fractions import Fraction
+from typing import Any
+
+from .errors import ConfigurationError
+
+
+# What may be lost on held-out text, and all budgets whose number of blocks only measuring tells.
+QUALITY_BUDGETS = ("max_ppl_increase", "max_kl")
+OPEN_BUDGETS = (*QUALITY_BUDGETS, "target_speedup")
+HELD_OUT_FIELDS = ("held_out_dataset", "held_out_samples")
+
+
+def blocks_for_size(target: float, sizes: Sequence[int], total_bytes: int) -> int:
+    """Counts the blocks, smallest first, that bring weights of `total_bytes` down to `target` gigabytes.
+
+    Counting the smallest ones makes every choice of that many blocks reach the target.
+
+    Args:
+        target: Gigabytes, 1e9 bytes.
+        sizes: Bytes of the blocks that may go, ascending.
+        total_bytes: Bytes of all weights.
+
+    Raises:
+        ConfigurationError: The weights are small enough already, or cannot become so.
+    """
+    # The decimal that the user typed, not its binary neighbour.
+    bound = Fraction(str(target)) * 10**9
+    if bound >= total_bytes:
+        raise ConfigurationError(
+            f"target_size_gb={target} leaves nothing to remove: the weights of the model take {total_bytes / 1e9:.6g} "
+            "GB (1e9 bytes)."
+        )
+    rest = total_bytes
+    for count, size in enumerate(sizes, start=1):
+        rest -= size
+        if rest <= bound:
+            return count
+    raise ConfigurationError(
+        f"target_size_gb={target} cannot be reached: removing the {len(sizes)} blocks that may go leaves "
+        f"{rest / 1e9} of {total_bytes / 1e9} GB. The smallest target_size_gb that every choice of blocks reaches is "
+        f"{rest / 1e9}."
+    )
+
+
+def check_number(number: Field[Any], value: Any) -> None:
+    """Allows a finite number that is large enough."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigurationError(f"{number.name} must be a number, not {value!r}.")
+    if value <= number.metadata["above"]:
+        raise ConfigurationError(f"{number.name}={value} is too small; it must be above {number.metadata['above']}.")
+
+
+def check_held_out(recipe: Any) -> None:
+    """Fields of held-out text count for the budgets that are held to it; by default it is a part of the dataset."""
+    given = [name for name in HELD_OUT_FIELDS if getattr(recipe, name) is not None]
+    if given and recipe.budget not in QUALITY_BUDGETS:
+        raise ConfigurationError(
+            f"{' and '.join(given)} only count for {' and '.join(QUALITY_BUDGETS)}; the budget is {recipe.budget}. "
+            "Leave them out."
+        )
+    if isinstance(recipe.held_out_dataset, str) and not recipe.held_out_dataset:
+        raise ConfigurationError("held_out_dataset is an empty string; give a name or a path, or leave it out.")
+    most = 3 * recipe.num_samples  # a choice is made among four times as many windows
+    if recipe.held_out_dataset is None and (recipe.held_out_samples or 0) > most:
+        raise ConfigurationError(
+            f"held_out_samples={recipe.held_out_samples} is too large: beside num_samples={recipe.num_samples} "
+            f"windows at most {most} are held out. Raise num_samples, or give a held_out_dataset."
+        )
