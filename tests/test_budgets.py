@@ -99,6 +99,8 @@ def quality(plan: PruningPlan, windows: CalibrationWindows) -> dict[str, float]:
         {},
         {"strategy_options": {"search": "race"}},
         {"unit": "half_block"},
+        {"unit": "half_block", "strategy": "shortgpt"},
+        {"unit": "half_block", "strategy": "mi_prun"},
         {"strategy": "shortgpt"},
         {"strategy": "mi_prun"},
         {"strategy": "angular"},

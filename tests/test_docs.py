@@ -20,10 +20,11 @@ from families import tiny_model
 from toys import text, toy_folder
 
 from optimum_blockprune import BlockPruner, PruningPlan, PruningReport, PruningStrategy, available_strategies
+from optimum_blockprune.budget_rules import HELD_OUT_FIELDS, OPEN_BUDGETS
 from optimum_blockprune.card import model_card, title_of
 from optimum_blockprune.commands import BlockPruneCommand
 from optimum_blockprune.pictures import PICTURES
-from optimum_blockprune.recipe import Recipe
+from optimum_blockprune.recipe import BUDGET_FIELDS, Recipe
 from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.strategies.base import SearchContext
 
@@ -131,7 +132,9 @@ def test_budgets_are_described() -> None:
     page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     names = {field.name for field in fields(Recipe)}
     assert {"sparsity", "num_blocks", "target_params", "protect_first", "calibration_recipe"} <= names
-    assert all(f"`{name}`" in page for name in ("sparsity", "num_blocks", "target_params", "protect_first"))
+    assert all(f"`{name}`" in page for name in (*BUDGET_FIELDS, "protect_first"))
+    measured = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in measured for name in (*OPEN_BUDGETS, *HELD_OUT_FIELDS))
 
 
 def test_the_changelog_is_about_this_version() -> None:
