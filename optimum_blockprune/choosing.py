@@ -257,7 +257,7 @@ def _taught(
     objective = recipe.objective or next(iter(get_strategy(recipe.strategy).objectives), None)
     if windows is None or objective != "kl":
         return windows
-    with report.timed("dense predictions"):
+    with report.timed("dense predictions"), Team.current().together():
         return with_teacher(runner, windows, recipe.batch_size)
 
 
