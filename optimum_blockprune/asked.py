@@ -30,10 +30,15 @@ logger = logging.get_logger("optimum.blockprune.choosing")
 KNOW_HALVES = "sleb, mi_prun, shortgpt, angular, functional_network with option unit=block"
 
 
+# For messages: the strategies of this package that know an objective.
+KNOW_OBJECTIVES = "sleb"
+
+
 def asked_for(
     recipe: Recipe, strategy: PruningStrategy, options: Any, stack: BlockStack
 ) -> tuple[WidthTask | None, tuple[int, ...], int]:
     """The task of a strategy of width; else the blocks that may go, and how many have to. Tried on the model."""
+    _check_objective(recipe, strategy)
     if strategy.unit_of(options) == "width":
         _refuse_budget(recipe, stack)
         if recipe.unit is not None:
@@ -71,6 +76,17 @@ def _refuse_budget(recipe: Recipe, stack: BlockStack) -> None:
     raise ConfigurationError(
         f"{recipe.budget} is for strategies that remove blocks; '{recipe.strategy}' removes channels and heads: use "
         f"{instead}."
+    )
+
+
+def _check_objective(recipe: Recipe, strategy: PruningStrategy) -> None:
+    if recipe.objective is None or recipe.objective in strategy.objectives:
+        return
+    known = " or ".join(map(repr, strategy.objectives))
+    raise ConfigurationError(
+        f"'{recipe.strategy}' has no objective {recipe.objective!r}: "
+        + (f"it knows {known}. Choose one of these, " if known else "leave it out, ")
+        + f"or choose another strategy ({KNOW_OBJECTIVES})."
     )
 
 

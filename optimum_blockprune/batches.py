@@ -15,6 +15,38 @@ from .errors import CalibrationError, ConfigurationError
 
 
 @dataclass(frozen=True, eq=False)
+class Teacher:
+    """What the dense model says at every position of some windows: its k most likely tokens, and all others together.
+
+    Attributes:
+        tokens: Int tensor `[n, S, k]`: the tokens.
+        values: Float tensor `[n, S, k]`: the logarithms of their probabilities.
+        rest: Float tensor `[n, S]`: the logarithm of the probability of all other tokens, -inf where there are none.
+    """
+
+    tokens: Tensor
+    values: Tensor
+    rest: Tensor
+
+    @property
+    def k(self) -> int:
+        """Number of tokens that are told apart."""
+        return self.tokens.shape[-1]
+
+    def rows(self, rows: Any) -> Teacher:
+        """Returns some of the windows: a slice, or an index tensor."""
+        return Teacher(self.tokens[rows], self.values[rows], self.rest[rows])
+
+    def flat(self) -> Teacher:
+        """Returns all positions in one row, `[n * S, k]`."""
+        return Teacher(self.tokens.flatten(0, 1), self.values.flatten(0, 1), self.rest.flatten())
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Returns it on `device`."""
+        return Teacher(self.tokens.to(device), self.values.to(device), self.rest.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some windows, ready for the model.
 
@@ -24,12 +56,14 @@ class Batch:
         extra: Further inputs of the model by name, such as `pixel_values`, or what an encoder reads.
         labels: Long tensor `[B, S]` with the tokens to predict at their own positions, -100 elsewhere; `None` where
             each token predicts the next one.
+        teacher: What the dense model says there; where given, the loss is the divergence from it (see `losses`).
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    teacher: Teacher | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +78,7 @@ class Batch:
             None if mask is None else mask.to(device),
             {name: tensor.to(device) for name, tensor in self.extra.items()},
             None if labels is None else labels.to(device),
+            None if self.teacher is None else self.teacher.to(device),
         )
 
     def beginning(self, length: int = 16) -> Batch:
@@ -58,6 +93,7 @@ class Batch:
             None if self.attention_mask is None else self.attention_mask[rows],
             {name: tensor[rows] if len(tensor) == windows else tensor for name, tensor in self.extra.items()},
             None if self.labels is None else self.labels[rows],
+            None if self.teacher is None else self.teacher.rows(rows),
         )
 
 
@@ -74,6 +110,7 @@ class CalibrationWindows:
         extra: Further inputs of the model by name: one tensor per window, joined along their first dimension to a
             batch (see `Batch.extra`).
         labels: Long tensor `[n, S]`; see `Batch.labels`.
+        teacher: See `Batch.teacher`. It follows from model and tokens and is no part of the fingerprint.
     """
 
     input_ids: Tensor
@@ -83,6 +120,7 @@ class CalibrationWindows:
     recipe: str
     extra: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     labels: Tensor | None = None
+    teacher: Teacher | None = None
 
     @classmethod
     def from_tokens(
@@ -137,12 +175,13 @@ class CalibrationWindows:
                 None if mask is None or bool(mask.all()) else mask,
                 {name: torch.cat(tensors[rows]) for name, tensors in self.extra.items()},
                 None if self.labels is None else self.labels[rows],
+                None if self.teacher is None else self.teacher.rows(rows),
             )
 
     def first(self, count: int) -> CalibrationWindows:
         """Returns the first `count` windows: neighbours in the text, where a seeded choice is scattered over it."""
         mask = None if self.attention_mask is None else self.attention_mask[:count]
-        return CalibrationWindows.from_tokens(
+        windows = CalibrationWindows.from_tokens(
             self.input_ids[:count],
             mask,
             source=self.source,
@@ -150,6 +189,7 @@ class CalibrationWindows:
             extra={name: tensors[:count] for name, tensors in self.extra.items()},
             labels=None if self.labels is None else self.labels[:count],
         )
+        return replace(windows, teacher=None if self.teacher is None else self.teacher.rows(slice(count)))
 
     def part(self, rows: Sequence[int]) -> CalibrationWindows:
         """Returns some of the windows, in the order given; source and fingerprint stay those of all."""
@@ -160,6 +200,7 @@ class CalibrationWindows:
             attention_mask=None if self.attention_mask is None else self.attention_mask[chosen],
             extra={name: tuple(tensors[row] for row in rows) for name, tensors in self.extra.items()},
             labels=None if self.labels is None else self.labels[chosen],
+            teacher=None if self.teacher is None else self.teacher.rows(chosen),
         )
 
     def describe(self) -> dict[str, Any]:

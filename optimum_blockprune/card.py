@@ -27,6 +27,7 @@ from .card_text import (
     table,
     unescaped,
 )
+from .picture_style import by_divergence
 from .pictures import DEPTH_FILE, PICTURES, QUALITY_FILE, SEARCH_FILE, alt_texts
 from .plan import PruningPlan
 from .report import PruningReport
@@ -192,9 +193,10 @@ def _sizes(achieved: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _blocks(report: PruningReport) -> str | None:
     """What the search knew of each removed block: its score, and the loss after it."""
     after = {step["block"]: step for step in report.steps if "block" in step and "loss" in step}
+    loss = "KL (nats per token)" if by_divergence(report) else "loss"
     columns = {
         "score on the dense model": lambda block: report.scores.get(str(block)),
-        "loss after removal": lambda block: after.get(block, {}).get("loss"),
+        f"{loss} after removal": lambda block: after.get(block, {}).get("loss"),
         "perplexity after removal": lambda block: after.get(block, {}).get("perplexity"),
     }
     gone = report.removed_units

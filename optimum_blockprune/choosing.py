@@ -34,6 +34,7 @@ from .runner import BlockRunner
 from .strategies.base import BLOCK, HALF_BLOCK, Place, PruningStrategy, SearchContext, WidthTask
 from .surgery import check_plan
 from .tasks import fitted, row_inputs
+from .teacher import with_teacher
 from .team import Team
 from .text import HUB_DATASETS
 from .widths import Width
@@ -77,7 +78,7 @@ def choose(
     task, removable, num_remove = asked_for(recipe, strategy, options, stack)
     runner = BlockRunner(model, recipe.stack)
     _require_halves(runner, recipe, strategy)
-    windows = _calibrate(stack, recipe, tokenizer, report)
+    windows = _taught(runner, recipe, _calibrate(stack, recipe, tokenizer, report), report)
     held_out = _held_out_part(stack, recipe, tokenizer, windows)
     if (team := Team.current()).size > 1:
         for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
@@ -95,6 +96,7 @@ def choose(
         width=task,
         unit_scores={} if unit_scores is None else unit_scores,
         unit=recipe.unit or BLOCK,
+        objective=recipe.objective or next(iter(strategy.objectives), None),
         team=team,
         ledger=_ledger(stack, recipe, windows, held_out, keep),
     )
@@ -246,6 +248,17 @@ def _calibrate(
     with report.timed("calibration"):
         windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe))
         return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss, seed=recipe.seed)
+
+
+def _taught(
+    runner: BlockRunner, recipe: Recipe, windows: CalibrationWindows | None, report: PruningReport
+) -> CalibrationWindows | None:
+    """The windows with what the dense model predicts on them, where the search is to stay close to that."""
+    objective = recipe.objective or next(iter(get_strategy(recipe.strategy).objectives), None)
+    if windows is None or objective != "kl":
+        return windows
+    with report.timed("dense predictions"), Team.current().together():
+        return with_teacher(runner, windows, recipe.batch_size)
 
 
 def _held_out_part(

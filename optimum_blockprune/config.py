@@ -71,6 +71,7 @@ class BlockPruningConfig(BaseConfig):
         held_out_dataset: Any = Recipe.held_out_dataset,
         held_out_samples: int | None = Recipe.held_out_samples,
         unit: str | None = Recipe.unit,
+        objective: str | None = Recipe.objective,
         stack: str | None = Recipe.stack,
         dataset: Any = Recipe.dataset,
         dataset_text_field: str | None = Recipe.dataset_text_field,
@@ -169,7 +170,10 @@ class BlockPruningConfig(BaseConfig):
         if no_budget:
             raise ConfigurationError(f"The plan was asked for by {min(no_budget)!r}, which is no budget.")
         unit = {"unit": plan.details["unit"]} if "unit" in plan.details else {}
-        fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit}
+        objectives = get_strategy(plan.strategy).objectives
+        # The strategy's own default is left to it, as it was most likely not asked for.
+        objective = {"objective": plan.details["objective"]} if plan.details.get("objective") in objectives[1:] else {}
+        fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit, **objective}
         return cls(plan.strategy, **plan.requested, **fields)
 
     @classmethod

@@ -81,7 +81,8 @@ def model_fingerprint(stack: BlockStack) -> dict[str, Any]:
 def _data(windows: CalibrationWindows) -> dict[str, Any]:
     """The tokens, and their numbers in words."""
     described = windows.describe()
-    return {name: described[name] for name in ("fingerprint", "windows", "seqlen", "tokens")}
+    found = {name: described[name] for name in ("fingerprint", "windows", "seqlen", "tokens")}
+    return found if windows.teacher is None else {**found, "k": windows.teacher.k}
 
 
 def _recipe(stack: BlockStack, recipe: Recipe) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def _recipe(stack: BlockStack, recipe: Recipe) -> dict[str, Any]:
     resolved = {
         **recipe.requested,
         "stack": stack.layout.stack,
+        "objective": recipe.objective or next(iter(strategy.objectives), None),
         "protect_first": strategy.protect_first if recipe.protect_first is None else recipe.protect_first,
         "protect_last": strategy.protect_last if recipe.protect_last is None else recipe.protect_last,
         "strategy_options": _lasting(asdict(options)),

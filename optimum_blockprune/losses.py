@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The negative log-likelihood of a batch, given its logits, and how many logits are computed at a time."""
+"""The loss of a batch, given its logits, and how many logits are computed at a time.
+
+It is the negative log-likelihood of what comes next, or, of a batch with a teacher, the Kullback-Leibler divergence
+KL(dense || pruned) of the predictions at the same positions. Of the dense model's distribution its k most likely
+tokens are known, and the mass of all others as one more outcome: merging outcomes never increases a divergence (data
+processing), so that the loss is a lower bound of the divergence over all tokens, and equal to it for k = vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batches import Batch
+from .batches import Batch, Teacher
 from .stand_ins import hidden_of, map_tensors, rows_of
 
 
@@ -26,7 +32,7 @@ Head = Callable[[Batch, Any], Tensor]
 
 
 def token_nll(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Summed NLL (nats, float64 scalar on the logits' device) and the number of predictions.
+    """Summed loss (nats, float64 scalar on the logits' device) and the number of predictions.
 
     Args:
         logits: [B, S, vocabulary].
@@ -34,7 +40,8 @@ def token_nll(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
             out. With labels, the labelled positions predict those.
     """
     targets = targets_of(batch)
-    return _nll(logits.flatten(0, 1), targets.flatten()).sum(), int((targets != _NONE).sum())
+    teacher = None if batch.teacher is None else batch.teacher.flat()
+    return _losses(logits.flatten(0, 1), targets.flatten(), teacher).sum(), int((targets != _NONE).sum())
 
 
 def targets_of(batch: Batch) -> Tensor:
@@ -54,7 +61,7 @@ def predicted(batch: Batch) -> Tensor:
 
 
 def prediction_losses(head: Head, value: Any, batch: Batch, vocabulary: int) -> Tensor:
-    """The NLL of every prediction, from what the last block returned; whole logits of a batch never exist.
+    """The loss of every prediction, from what the last block returned; whole logits of a batch never exist.
 
     The head looks at positions one by one, so only those that predict something go through it, a bounded number at a
     time, each as a window of one token. Where that cannot be (further inputs, hidden states of another shape than the
@@ -72,19 +79,74 @@ def prediction_losses(head: Head, value: Any, batch: Batch, vocabulary: int) -> 
     shape = batch.input_ids.shape
     if batch.extra or hidden_of(value).shape[:2] != shape:
         parts = [
-            _nll(head(part, rows_of(value, rows, shape[0])).flatten(0, 1), targets_of(part).flatten())
+            _losses(
+                head(part, rows_of(value, rows, shape[0])).flatten(0, 1),
+                targets_of(part).flatten(),
+                None if part.teacher is None else part.teacher.flat(),
+            )
             for rows, part in head_rows(batch, vocabulary)
         ]
         return torch.cat(parts).view(shape)
     targets = targets_of(batch).flatten()
-    places = (targets != _NONE).nonzero().squeeze(1)
+    teacher = None if batch.teacher is None else batch.teacher.flat()
     losses: Tensor | None = None
-    for chosen in places.split(max(1, min(_MAX_PREDICTIONS, _MAX_LOGITS // vocabulary))):
-        part = Batch(batch.input_ids.flatten()[chosen, None])
-        found = _nll(head(part, _positions(value, chosen, shape)).squeeze(1), targets[chosen])
+    for chosen, logits in position_logits(head, value, batch, vocabulary):
+        found = _losses(logits, targets[chosen], None if teacher is None else teacher.rows(chosen))
         losses = found.new_zeros(shape.numel()) if losses is None else losses
         losses[chosen.to(losses.device)] = found
     return torch.zeros(shape, dtype=torch.float64) if losses is None else losses.view(shape)
+
+
+def position_logits(head: Head, value: Any, batch: Batch, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs the head on the positions that predict something, a bounded number at a time.
+
+    Args:
+        head: Runs the head, each position as a window of one token.
+        value: What the last block returned for the batch.
+        batch: The windows, without further inputs.
+        vocabulary: Number of tokens.
+
+    Yields:
+        The positions, as numbers into the flattened `[B, S]`, and their logits `[n, vocabulary]`.
+    """
+    shape = batch.input_ids.shape
+    places = predicted(batch).flatten().nonzero().squeeze(1)
+    for chosen in places.split(max(1, min(_MAX_PREDICTIONS, _MAX_LOGITS // vocabulary))):
+        part = Batch(batch.input_ids.flatten()[chosen, None])
+        yield chosen, head(part, _positions(value, chosen, shape)).squeeze(1)
+
+
+def summary(logits: Tensor, k: int) -> Teacher:
+    """The k most likely tokens of each position, and the mass of the others.
+
+    Args:
+        logits: [N, vocabulary].
+        k: At most the vocabulary.
+
+    Returns:
+        `[N, k]`, float32, on the device of the logits.
+    """
+    logs = logits.float().log_softmax(-1)
+    values, tokens = logs.topk(k)
+    return Teacher(tokens.int(), values, logs.scatter(-1, tokens, -math.inf).logsumexp(-1))
+
+
+def divergence(logits: Tensor, teacher: Teacher) -> Tensor:
+    """KL(teacher || logits) at every position over k + 1 outcomes, nats, float64 `[N]`.
+
+    Each outcome adds p log(p / q) - p + q, which is never negative and adds up to the same, since both sides sum to 1:
+    of nearly equal distributions the rounding of the logarithms then counts to second order only.
+
+    Args:
+        logits: [N, vocabulary].
+        teacher: `[N, k]`.
+    """
+    logs, tokens = logits.float().log_softmax(-1), teacher.tokens.long()
+    others = logs.scatter(-1, tokens, -math.inf).logsumexp(-1, keepdim=True)
+    found = torch.cat([logs.gather(-1, tokens), others], -1).double()
+    wanted = torch.cat([teacher.values, teacher.rest[:, None]], -1).double()
+    p, q = wanted.exp(), found.exp()
+    return torch.where(p == 0, q, p * (wanted - found) - p + q).sum(-1)
 
 
 def head_rows(batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Batch]]:
@@ -109,8 +171,14 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor, teacher: Teacher | None) -> Tensor:
     """Float64 [N], 0 where there is no target, whatever the logits [N, vocabulary] are there: padding may hold NaN."""
+    if teacher is not None:
+        # A part at a time: there are several copies of the logits meanwhile.
+        size = max(1, min(_MAX_PREDICTIONS, _MAX_LOGITS // logits.shape[-1]))
+        rows = [slice(start, start + size) for start in range(0, len(logits), size)]
+        found = torch.cat([divergence(logits[each], teacher.rows(each).to(logits.device)) for each in rows])
+        return found.masked_fill(targets.to(logits.device) == _NONE, 0.0)
     losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none", ignore_index=_NONE)
     return losses.double()
 

@@ -25,7 +25,7 @@ from .page_parts import (
 )
 from .page_quality import depths, quality, tasks, verdict
 from .picture_depth import kept_shares
-from .picture_style import block_count, finite, png
+from .picture_style import block_count, by_divergence, finite, png
 from .pictures import DEPTH_FILE, QUALITY_FILE, SEARCH_FILE, alt_texts, can_draw, figures_of
 from .report import PruningReport
 
@@ -204,11 +204,18 @@ def _search(report: PruningReport) -> Iterator[Html | None]:
         yield table(("phase", "seconds"), rows)
     steps = [step for step in report.steps if "loss" in step and "block" in step]
     if steps:
+        left = any("perplexity" in step for step in steps)
         rows = [
-            (str(place), number(step["block"]), number(step["loss"], 4), number(step.get("perplexity")))
+            (
+                str(place),
+                number(step["block"]),
+                number(step["loss"], 4),
+                *([number(step.get("perplexity"))] if left else []),
+            )
             for place, step in enumerate(steps, 1)
         ]
-        head = ("step", "block removed", "loss, nats per token", "perplexity on the calibration text")
+        loss = "KL (nats per token)" if by_divergence(report) else "loss, nats per token"
+        head = ("step", "block removed", loss, *(["perplexity on the calibration text"] if left else []))
         yield folded("Step by step, as a table", table(head, rows))
 
 

@@ -23,6 +23,7 @@ from .picture_style import (
     WIDTH,
     axes_at,
     block_count,
+    by_divergence,
     caption,
     dense_loss,
     finite,
@@ -116,6 +117,8 @@ def _collect(report: PruningReport) -> _Map | None:
     if dense is not None and first:
         raw = {block: score - dense if finite(score) is not None else score for block, score in raw.items()}
         meaning = "added loss if only this block is removed, nats per token (low ones go first)"
+        if by_divergence(report):
+            meaning = "KL (nats per token) if only this block is removed (low ones go first)"
     return _Map(
         order={block: place for place, block in enumerate(report.removed_units, 1) if isinstance(block, int)},
         halves={half: place // 2 + 1 for place, half in enumerate(report.removed_halves)},

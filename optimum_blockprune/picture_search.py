@@ -16,6 +16,7 @@ from .picture_style import (
     WIDTH,
     axes_at,
     block_count,
+    by_divergence,
     dense_loss,
     finite,
     given_up,
@@ -66,7 +67,8 @@ def search_figure(report: PruningReport) -> Figure | None:
     _name_steps(axes, report, chosen, row * 72)
     axes.set_xticks(range(0, blocks, label_step(width / blocks * 72, blocks - 1)))
     axes.set_xlabel("block number (dense model)", fontsize=NORMAL, color=INK, labelpad=3)
-    _draw_bar(figure, image, known, dense is not None)
+    name = "loss above the dense model's, nats per token" if dense is not None else "loss, nats per token"
+    _draw_bar(figure, image, known, "KL (nats per token)" if by_divergence(report) else name)
     return figure
 
 
@@ -158,7 +160,7 @@ def _name_steps(axes: Axes, report: PruningReport, chosen: list[int], points: fl
         )
 
 
-def _draw_bar(figure: Figure, image: AxesImage, known: list[float], relative: bool) -> None:
+def _draw_bar(figure: Figure, image: AxesImage, known: list[float], name: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
     height = figure.get_figheight()
@@ -175,7 +177,6 @@ def _draw_bar(figure: Figure, image: AxesImage, known: list[float], relative: bo
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     bar.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=2, color=INK)
     bar.outline.set_visible(False)
-    name = "loss above the dense model's, nats per token" if relative else "loss, nats per token"
     figure.text(
         (_NAMES + 0.2 + 3.55) / WIDTH,
         (0.58 - _BAR / 2) / height,
@@ -192,8 +193,9 @@ def search_words(report: PruningReport) -> str | None:
     if found is None:
         return None
     steps, chosen = found
+    loss = "KL (nats per token)" if by_divergence(report) else "loss"
     words = (
-        f"Heat map of the search by {strategy_name(report)}: loss of each of {sum(map(len, steps)):,} candidates in "
+        f"Heat map of the search by {strategy_name(report)}: {loss} of each of {sum(map(len, steps)):,} candidates in "
         f"{counted(len(steps), 'step')}; taken, in this order: {', '.join(map(str, chosen))}"
     )
     left = finite(report.steps[-1].get("perplexity"))

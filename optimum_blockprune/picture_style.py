@@ -98,6 +98,11 @@ def dense_loss(report: PruningReport) -> float | None:
     return finite(details(report).get("dense_loss"))
 
 
+def by_divergence(report: PruningReport) -> bool:
+    """Whether the losses of the search are divergences from the dense model's predictions."""
+    return details(report).get("objective") == "kl"
+
+
 def plain(value: Any, limit: int = 60) -> str:
     """Text of any origin in letters that the font has, on one line."""
     line = " ".join(str(value).split()).encode("latin-1", "replace").decode("latin-1")

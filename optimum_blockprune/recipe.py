@@ -22,6 +22,7 @@ from .widths import LAYOUTS
 DEFAULT_SPARSITY = 0.2
 BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params", "target_size_gb", *OPEN_BUDGETS)
 CALIBRATION_RECIPES = ("windows", "sleb")
+OBJECTIVES = ("nll", "kl")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,14 @@ class Recipe:
             "of an attention and an MLP half that need not be of one block; as many parameters, the same kind of "
             "checkpoint, more to choose from.",
             "choices": ("block", "half_block"),
+        },
+    )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a search by the loss of the whole model minimises on the text: 'nll', the loss on the text "
+            "itself (the default of sleb), or 'kl', the divergence from what the dense model predicts there.",
+            "choices": OBJECTIVES,
         },
     )
     stack: str | None = field(
@@ -303,6 +312,10 @@ def _check_texts(recipe: Recipe) -> None:
         raise ConfigurationError(f"stack must be 'decoder' or 'encoder', not {recipe.stack!r}.")
     if recipe.unit not in (None, "block", "half_block"):
         raise ConfigurationError(f"unit must be 'block' or 'half_block', not {recipe.unit!r}.")
+    if recipe.objective is not None and recipe.objective not in OBJECTIVES:
+        raise ConfigurationError(
+            f"Unknown objective {recipe.objective!r}.{nearest(str(recipe.objective), OBJECTIVES)}"
+        )
     if recipe.layout not in LAYOUTS:
         raise ConfigurationError(f"Unknown layout {recipe.layout!r}.{nearest(str(recipe.layout), LAYOUTS)}")
     column = recipe.dataset_text_field

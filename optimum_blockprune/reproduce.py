@@ -14,6 +14,7 @@ from .card_text import hub_id, hub_text
 from .healing_spec import HealingSpec
 from .plan import PLAN_FILE, PruningPlan
 from .recipe import BUDGET_FIELDS, Recipe
+from .registry import get_strategy
 from .text import HUB_DATASETS
 
 
@@ -152,7 +153,10 @@ def _made_with(plan: PruningPlan, recipe: Recipe) -> bool:
     options = all(plan.options.get(name) == value for name, value in (recipe.strategy_options or {}).items())
     width = not plan.width or plan.width.layout == recipe.layout
     width = width and (plan.details.get("unit", "block") == (recipe.unit or "block"))
-    return chosen and options and width and recipe.stack in (None, plan.stack) and _same_text(plan.calibration, recipe)
+    default = next(iter(get_strategy(recipe.strategy).objectives), None)
+    wanted = recipe.objective or default
+    same = options and width and plan.details.get("objective", default) == wanted
+    return chosen and same and recipe.stack in (None, plan.stack) and _same_text(plan.calibration, recipe)
 
 
 def _same_text(calibration: Mapping[str, Any] | None, recipe: Recipe) -> bool:

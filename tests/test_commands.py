@@ -84,6 +84,7 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
         "strategy": "random",
         "num_blocks": 3,
         "unit": "half_block",
+        "objective": "kl",
         "stack": "encoder",
         "dataset": "c4",
         "dataset_text_field": "body",

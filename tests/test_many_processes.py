@@ -25,6 +25,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "sleb": EVEN,
     "race": {"num_samples": 12, "batch_size": 1, "strategy_options": {"search": "race"}},
     "naive": {**EVEN, "strategy_options": {"search": "naive"}},
+    "kl": {**EVEN, "objective": "kl"},
     "mi_prun": {**EVEN, "strategy": "mi_prun"},
     "shortgpt": {**EVEN, "strategy": "shortgpt"},
     "angular": {**EVEN, "strategy": "angular"},

@@ -52,7 +52,10 @@ def made_with(given: BlockPruningConfig, **changed: Any) -> PruningPlan:
         "stack": recipe.stack or "decoder",
         "calibration": calibration if recipe.dataset else None,
         "base_model": "org/dense",
-        "details": {"unit": recipe.unit} if recipe.unit == "half_block" else {},
+        "details": {
+            **({"unit": recipe.unit} if recipe.unit == "half_block" else {}),
+            **({"objective": recipe.objective} if recipe.objective else {}),
+        },
     }
     return PruningPlan.from_removed("llama", 6, [4, 1], **{**known, **changed})
 
@@ -72,6 +75,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     ],
     "held_out_samples": [{"max_ppl_increase": 0.1, "held_out_samples": 9}],
     "unit": [{"unit": "half_block"}, {"unit": "block"}],
+    "objective": [{"objective": "kl"}, {"objective": "nll"}],
     "stack": [{"stack": "encoder"}, {"stack": "decoder"}],
     "dataset": [{"dataset": "wikitext2"}, {"dataset": "my texts/it's.txt"}, {"dataset": "-odd.txt"}],
     "dataset_text_field": [{"dataset_text_field": "my column"}, {"dataset_text_field": "--text"}],

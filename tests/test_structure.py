@@ -42,7 +42,7 @@ LAYERS = (
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
-    ("expectation", "training"),
+    ("expectation", "teacher", "training"),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),

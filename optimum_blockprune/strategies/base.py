@@ -53,6 +53,8 @@ class SearchContext:
         width: The task of a strategy that removes units of width; `None` for one that removes blocks.
         unit_scores: Filled by `width_plan`: the score of every unit, by place.
         unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
+        objective: What the loss on the windows is: `"nll"`, or `"kl"` where they have a teacher; `None` where the
+            strategy has no objectives.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
         go_on: Whether to take another step after `removed`. A greedy search asks after each step; where the answer is
@@ -71,6 +73,7 @@ class SearchContext:
     width: WidthTask | None = None
     unit_scores: dict[Place, list[float]] = field(default_factory=dict)
     unit: str = BLOCK
+    objective: str | None = None
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
     go_on: Callable[[Sequence[Removal]], bool] = lambda removed: True
@@ -234,7 +237,11 @@ class SearchContext:
             "scores": {str(name_of(each)): score for each, score in (scores or {}).items()},
             "steps": tuple(steps),
             # Also where only whole blocks were chosen among the halves.
-            "details": {**({"unit": self.unit} if self.unit != BLOCK else {}), **(details or {})},
+            "details": {
+                **({"unit": self.unit} if self.unit != BLOCK else {}),
+                **({"objective": self.objective} if self.objective else {}),
+                **(details or {}),
+            },
             "options": asdict(self.options),
             "seed": self.seed,
             "smaller": {count: tuple(names_of(each)) for count, each in smaller.items()},
@@ -264,6 +271,8 @@ class PruningStrategy(ABC):
         name: The entry-point name.
         unit: What is removed: `"block"`, or `"width"` (channels and heads).
         units: Of a strategy that removes blocks: what it can remove, `"block"` and perhaps `"half_block"`.
+        objectives: What the strategy can minimise on the windows (`"nll"`, `"kl"`), its default first; empty where it
+            does not look at the loss of the whole model.
         Options: A frozen dataclass; its fields are what `strategy_options` may hold. `__post_init__` may raise
             `ConfigurationError` for impossible values.
         needs_data: Whether calibration windows must be given.
@@ -274,6 +283,7 @@ class PruningStrategy(ABC):
     name: ClassVar[str]
     unit: ClassVar[str] = BLOCK
     units: ClassVar[tuple[str, ...]] = (BLOCK,)
+    objectives: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type] = NoOptions
     needs_data: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = False

@@ -20,6 +20,7 @@ from ..losses import perplexity_of, predicted
 from ..passes import branches, in_order_of_blocks
 from ..plan import PruningPlan
 from ..racing import CELL, Tally, cells_of, looks, shared_error
+from ..teacher import tail_mass
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 
 
@@ -74,8 +75,9 @@ class SLEB(PruningStrategy):
        released).
     3. Repeat until enough blocks are gone. The first and the last block stay, as in the released code.
 
-    The loss is the mean next-token NLL (nats per prediction). The released code sums window means times the window
-    length, which orders candidates in the same way because all its windows are full.
+    The loss is the mean next-token NLL (nats per prediction); with objective "kl", our choice, the mean KL divergence
+    of the predictions from those of the dense model (see `losses`). The released code sums window means times the
+    window length, which orders candidates in the same way because all its windows are full.
 
     Cost of a step with n blocks left and c candidates between them: the shared prefix once, and per candidate the
     blocks after it; about half of the naive c * (n - 1) block-forwards per window. A race pays that for a part of the
@@ -88,12 +90,13 @@ class SLEB(PruningStrategy):
     Options: ClassVar[type] = SLEBOptions
     needs_loss: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
+    objectives: ClassVar[tuple[str, ...]] = ("nll", "kl")
     protect_first: ClassVar[int] = 1
     protect_last: ClassVar[int] = 1
 
     def select(self, context: SearchContext) -> PruningPlan:
         """See the class. Raises `NonFiniteError` when the dense model has no finite loss."""
-        search = _Search(context)
+        search, objective = _Search(context), context.objective or self.objectives[0]
         dense: float | None = None
         removed: list[Removal] = []
         steps: list[dict[str, Any]] = []
@@ -106,20 +109,23 @@ class SLEB(PruningStrategy):
             best = min(losses, key=losses.__getitem__)
             removed.append(best)
             loss = losses[best]
-            step = {
-                "block": name_of(best),
-                "loss": loss,
-                "perplexity": perplexity_of(loss),
-                "candidates": _named(losses),
-            }
+            step = {"block": name_of(best), "loss": loss, "candidates": _named(losses)}
+            words = f"loss {loss:.4f}"
+            if objective == "nll":
+                step["perplexity"] = perplexity_of(loss)
+                words += f", perplexity {perplexity_of(loss):.2f} (dense {perplexity_of(dense):.2f})"
+            elif objective == "kl":
+                words = f"KL(dense || pruned) {loss:.4f} nats per token"
             steps.append({**step, "dropped": _named(dropped)} if search.looks else step)
-            logger.info(
-                f"SLEB {number}/{context.num_remove}: removed block {name_of(best)}; loss {loss:.4f}, perplexity "
-                f"{perplexity_of(loss):.2f} (dense {perplexity_of(dense):.2f})"
-            )
+            logger.info(f"SLEB {number}/{context.num_remove}: removed block {name_of(best)}; {words}")
             if not context.go_on(removed):
                 break
-        details = {"objective": "nll", "dense_loss": dense, "naive_block_forwards": search.naive_block_forwards}
+        details = {
+            "objective": objective,
+            **_kept(search.windows),
+            "dense_loss": dense,
+            "naive_block_forwards": search.naive_block_forwards,
+        }
         if context.options.search == "race":
             details["race"] = {"looks": list(search.looks), "windows": search.windows.num_windows, "cell": CELL}
         return context.plan(removed, scores=scores, steps=steps, details=details, nested=True)
@@ -270,6 +276,11 @@ def _parts(windows: CalibrationWindows, looks: Sequence[int], seed: int) -> list
         return [windows]
     order = torch.randperm(windows.num_windows, generator=torch.Generator().manual_seed(seed)).tolist()
     return [windows.part(order[begin:end]) for begin, end in zip((0, *looks), (*looks, len(order)), strict=True)]
+
+
+def _kept(windows: CalibrationWindows) -> dict[str, Any]:
+    """How much of the dense model's predictions a divergence looks at."""
+    return {} if windows.teacher is None else {"k": windows.teacher.k, "tail_mass": tail_mass(windows)}
 
 
 def _units(removed: Sequence[Removal]) -> list[Unit]:
