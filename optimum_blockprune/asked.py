@@ -41,6 +41,10 @@ def asked_for(
     _check_objective(recipe, strategy)
     if strategy.unit_of(options) == "width":
         _refuse_budget(recipe, stack)
+        if recipe.compensation != "none":
+            raise ConfigurationError(
+                f"compensation={recipe.compensation!r} is for strategies that remove blocks; leave it out."
+            )
         if recipe.unit is not None:
             raise ConfigurationError(
                 f"unit={recipe.unit!r} is for strategies that remove blocks ({KNOW_HALVES}); '{recipe.strategy}' "

@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from .errors import VerificationError
 from .evaluation import size_of
+from .file_folds import folded_tensors, refuse_unfolded
 from .gate import check_mode, prove_folder
 from .plan import PLAN_FILE, PruningPlan
 from .records import record, write_records
@@ -75,6 +77,7 @@ def apply_to_checkpoint(
         folder, remote_code = locate(src, {name: value for name, value in hub.items() if value is not None})
         refuse_overlap(folder, Path(dst))
         source = open_source(folder, plan, verify, remote_code)
+        refuse_unfolded(source, plan)
         kept = source.kept(plan)
         check_output(dst, overwrite=overwrite, needed_bytes=kept.num_bytes)
         expected = expectation(source, plan, remote_code) if verify == "logits" else None
@@ -82,8 +85,10 @@ def apply_to_checkpoint(
     before = size_of(source.model, plan.stack)
     # From here on source.model is the pruned model, as it should come back from the folder.
     apply_plan(source.model, plan)
-    with atomic_folder(dst, overwrite=overwrite) as temporary:
+    with atomic_folder(dst, overwrite=overwrite) as temporary, TemporaryDirectory(dir=temporary) as beside:
         with report.timed("save"):
+            if plan.folds:
+                kept = source.kept(plan, folded_tensors(source, plan, Path(beside)))
             _write(source, kept, temporary)
         with report.timed("verification"):
             prove_folder(temporary, source.model, expected, verify, plan=plan, extra=extra)

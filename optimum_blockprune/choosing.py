@@ -19,6 +19,7 @@ from .blocks import BlockStack, find_blocks
 from .budget_rules import QUALITY_BUDGETS
 from .budgets import plan_within
 from .calibration import WindowSpec, build_windows
+from .compensating import NONE, check_compensation, compensated
 from .environment import versions
 from .errors import CalibrationError, PlanError
 from .fingerprints import run_fingerprint
@@ -80,6 +81,8 @@ def choose(
     _require_halves(runner, recipe, strategy)
     windows = _taught(runner, recipe, _calibrate(stack, recipe, tokenizer, report), report)
     held_out = _held_out_part(stack, recipe, tokenizer, windows)
+    if recipe.compensation != NONE:
+        check_compensation(runner, windows, recipe.budget)
     if (team := Team.current()).size > 1:
         for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
             team.check_same(name, json.dumps(described))
@@ -102,6 +105,9 @@ def choose(
     )
     with report.timed("search"):
         plan = plan_within(recipe, strategy, context, held_out, partial(_check_choice, strategy=recipe.strategy))
+    if recipe.compensation != NONE:
+        with report.timed("compensation"):
+            plan = compensated(context, plan, recipe.compensation)
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
@@ -232,7 +238,8 @@ def _calibrate(
 ) -> CalibrationWindows | None:
     """The windows as the strategy measures on them; `None` for one that measures nothing."""
     strategy = get_strategy(recipe.strategy)
-    if not strategy.needs_data:
+    compensates = recipe.compensation != NONE
+    if not strategy.needs_data and not compensates:
         if recipe.dataset is not None and (
             recipe.budget not in QUALITY_BUDGETS or recipe.held_out_dataset is not None
         ):
@@ -241,13 +248,14 @@ def _calibrate(
             )
         return None
     if recipe.dataset is None:
+        what = "Compensation" if compensates and not strategy.needs_data else f"Strategy '{recipe.strategy}'"
         raise CalibrationError(
-            f"Strategy '{recipe.strategy}' measures the model on text: give dataset=... (--dataset PATH): wikitext2, "
+            f"{what} measures the model on text: give dataset=... (--dataset PATH): wikitext2, "
             "c4, alpaca, a .txt, .jsonl or .parquet file, or your own texts."
         )
     with report.timed("calibration"):
         windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe))
-        return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss, seed=recipe.seed)
+        return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss or compensates, seed=recipe.seed)
 
 
 def _taught(

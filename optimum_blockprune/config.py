@@ -83,6 +83,7 @@ class BlockPruningConfig(BaseConfig):
         calibration_recipe: str = Recipe.calibration_recipe,
         protect_first: int | None = Recipe.protect_first,
         protect_last: int | None = Recipe.protect_last,
+        compensation: str = Recipe.compensation,
         layout: str = Recipe.layout,
         align: int = Recipe.align,
         strategy_options: dict[str, Any] | None = Recipe.strategy_options,
@@ -161,9 +162,13 @@ class BlockPruningConfig(BaseConfig):
         if not plan.num_removed and not plan.width:
             raise ConfigurationError("A plan that removes nothing has no configuration: every budget removes a block.")
         stack = None if plan.stack == "decoder" else plan.stack
+        asked = plan.details.get("compensation", {}).get("asked")
+        compensation = {} if asked is None else {"compensation": asked}
         if plan.strategy == "manual":
-            blocks = ",".join(plan.removed_names)
-            return cls("manual", num_blocks=plan.num_removed, stack=stack, strategy_options={"blocks": blocks})
+            named = {"blocks": ",".join(plan.removed_names)}
+            return cls(
+                "manual", num_blocks=plan.num_removed, stack=stack, strategy_options=named, **compensation
+            )
         options = dict(plan.options) or None
         width = {"layout": plan.width.layout, "align": plan.details.get("align", 1)} if plan.width else {}
         no_budget = set(plan.requested) - set(BUDGET_FIELDS)
@@ -173,7 +178,7 @@ class BlockPruningConfig(BaseConfig):
         objectives = get_strategy(plan.strategy).objectives
         # The strategy's own default is left to it, as it was most likely not asked for.
         objective = {"objective": plan.details["objective"]} if plan.details.get("objective") in objectives[1:] else {}
-        fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit, **objective}
+        fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit, **objective, **compensation}
         return cls(plan.strategy, **plan.requested, **fields)
 
     @classmethod

@@ -14,6 +14,7 @@ from .architectures import Layout, layout_for
 from .batches import Batch
 from .caching import cache_error
 from .errors import NonFiniteError, UnsupportedModelError
+from .folding import Prepared
 from .inputs import probe_batch
 from .narrowing import width_off
 from .per_layer import refuse_own_widths
@@ -55,7 +56,8 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     batch = probe_batch(model, layout)
     runner = BlockRunner(model, plan.stack)
     try:
-        with width_off(runner.stack.blocks, plan.width):
+        folds = Prepared(runner.stack.blocks, plan.folds.entries, plan.folds.tensors())
+        with folds.on(), width_off(runner.stack.blocks, plan.width):
             logits = runner.logits(batch, off=plan.removed_units).float().cpu()
     except torch.OutOfMemoryError:
         raise

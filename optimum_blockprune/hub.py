@@ -48,6 +48,7 @@ REPLACED = (
     "flax_model*.msgpack",
     "flax_model*.msgpack.index.json",
     "pruning_*.json",
+    "pruning_*.folds",
     "pruning_*.png",
     "pruning_*.html",
     "block_pruning_config.json",

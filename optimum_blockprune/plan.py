@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
+from .folds import FOLDS_SUFFIX, Folds
 from .half import ATTENTION, MLP, Half, Unit, joined_halves, read_units, sorted_halves
 from .json_values import json_fault, read_json
 from .plan_changes import followed, truncated
@@ -48,6 +49,7 @@ class PruningPlan:
         halves: Where half-blocks were removed, or a smaller choice removes some: to which half the modules of a block
             belong, by name (`{"self_attn": "attention", "mlp": "mlp"}`).
         width: The channels and heads that each kept block keeps; empty where all stay.
+        folds: What goes into weights that stay, to make up for what is gone; see `folds`.
         stack: The stack that loses them, `"decoder"` or `"encoder"`.
         strategy: Name of the strategy that chose them; `"manual"` if the user did.
         base_model: Repo id or path of the dense model, if known.
@@ -75,6 +77,7 @@ class PruningPlan:
     removed_halves: tuple[str, ...] = ()
     halves: Mapping[str, str] = field(default_factory=dict)
     width: Width = Width()
+    folds: Folds = Folds()
     stack: str = "decoder"
     strategy: str = "manual"
     base_model: str | None = None
@@ -265,7 +268,8 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types; `from_dict` is the inverse."""
-        return json.loads(json.dumps({**asdict(self), "width": self.width.to_dict()}))
+        plain = asdict(replace(self, folds=Folds()))
+        return json.loads(json.dumps({**plain, "width": self.width.to_dict(), "folds": self.folds.to_dict()}))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
@@ -296,6 +300,7 @@ class PruningPlan:
                     "removed_blocks": tuple(data["removed_blocks"]),
                     "removed_halves": tuple(data.get("removed_halves", ())),
                     "width": Width.from_dict(data["width"]) if "width" in data else Width(),
+                    "folds": Folds.from_dict(data["folds"]) if "folds" in data else Folds(),
                     "steps": tuple(data.get("steps", ())),
                     "smaller": {count: tuple(each) for count, each in data.get("smaller", {}).items()},
                 }
@@ -308,9 +313,13 @@ class PruningPlan:
         return plan
 
     def save(self, path: str | Path) -> Path:
-        """Writes the plan as JSON to `path` (a file, or a folder that gets `pruning_plan.json`)."""
+        """Writes the plan as JSON to `path` (a file, or a folder that gets `pruning_plan.json`).
+
+        What it folds into weights goes into a second file beside it, of the same name with the ending `.folds`.
+        """
         path = Path(path)
         path = path / PLAN_FILE if path.is_dir() else path
+        self.folds.save(path)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return path
 
@@ -325,11 +334,15 @@ class PruningPlan:
         path = path / PLAN_FILE if path.is_dir() else path
         if not path.exists():
             raise PlanError(f"There is no plan at '{path}'.")
-        return cls.from_dict(read_json(path, PlanError))
+        plan = cls.from_dict(read_json(path, PlanError))
+        return replace(plan, folds=replace(plan.folds, file=path.with_suffix(FOLDS_SUFFIX)))
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> PruningPlan:
         """Downloads `pruning_plan.json` of a pruned model on the Hub and reads it."""
         from huggingface_hub import hf_hub_download
 
-        return cls.from_file(hf_hub_download(repo_id, PLAN_FILE, revision=revision, token=token))
+        plan = cls.from_file(hf_hub_download(repo_id, PLAN_FILE, revision=revision, token=token))
+        if plan.folds:
+            hf_hub_download(repo_id, Path(PLAN_FILE).stem + FOLDS_SUFFIX, revision=revision, token=token)
+        return plan

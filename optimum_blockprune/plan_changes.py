@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import PlanError
 from .half import Half
+from .folds import joined_folds
 from .joining import composed
 from .widths import Width
 
@@ -24,6 +25,11 @@ def truncated(plan: Any, num_blocks: int) -> Any:
         raise PlanError(f"This plan removes {most} blocks; {num_blocks!r} is not a number from 0 to {most}.")
     if num_blocks == most:
         return plan
+    if plan.folds:
+        raise PlanError(
+            "This plan's compensation was fitted to all that it removes, and is wrong for less: choose again with "
+            f"num_blocks={num_blocks}."
+        )
     details: dict[str, Any] = {"truncated_from": most}
     steps: tuple[Mapping[str, Any], ...] = ()
     order: tuple[int | str, ...] = plan.removed_halves[: 2 * num_blocks] or plan.removed_blocks[:num_blocks]
@@ -72,6 +78,7 @@ def followed(first: Any, second: Any) -> Any:
         first.num_blocks,
         gone,
         width=width,
+        folds=joined_folds(first.folds, second.folds, kept),
         stack=first.stack,
         strategy="+".join(part["strategy"] for part in parts),
         base_model=first.base_model,

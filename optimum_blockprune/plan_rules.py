@@ -49,6 +49,10 @@ def check_parts(plan: Any) -> None:
     lost = sorted({each.block for each in plan.width.narrowed} - set(plan.kept_blocks))
     if lost:
         raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")
+    kept = {block for source in plan.blocks for block in (source.attention, source.mlp)}
+    lost = sorted({each.block for each in plan.folds.entries} - kept)
+    if lost:
+        raise PlanError(f"The plan folds statistics into block {lost[0]}, which it does not keep.")
 
 
 def _check_numbers(plan: Any) -> None:

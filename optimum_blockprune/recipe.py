@@ -23,6 +23,7 @@ DEFAULT_SPARSITY = 0.2
 BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params", "target_size_gb", *OPEN_BUDGETS)
 CALIBRATION_RECIPES = ("windows", "sleb")
 OBJECTIVES = ("nll", "kl")
+COMPENSATIONS = ("none", "scale", "ridge", "auto")
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,15 @@ class Recipe:
         metadata={
             "help": "Blocks at the output end that are never removed; if not given, the strategy decides.",
             "minimum": 0,
+        },
+    )
+    compensation: str = field(
+        default="none",
+        metadata={
+            "help": "Whether weights that stay make up for what goes, in closed form: 'scale' fits a factor for each "
+            "channel in front of every gap, 'ridge' a matrix, 'auto' the better one; no shape changes. Kept only where "
+            "some of the windows, which the fit does not see, say that it helps.",
+            "choices": COMPENSATIONS,
         },
     )
     layout: str = field(

@@ -117,7 +117,7 @@ def _model(plan: PruningPlan, loading: Mapping[str, Any], names: Iterable[str]) 
 
 def _named_blocks(plan: PruningPlan) -> _Flags | None:
     """What to say for blocks that the user named; `None` for other plans."""
-    if plan.strategy != "manual" or plan.width or "parts" in plan.details:
+    if plan.strategy != "manual" or plan.width or plan.folds or "parts" in plan.details:
         return None
     stack = [] if plan.stack == "decoder" else [("--stack", plan.stack)]
     return [("--blocks", ",".join(plan.removed_names)), *stack]
@@ -153,6 +153,7 @@ def _made_with(plan: PruningPlan, recipe: Recipe) -> bool:
     options = all(plan.options.get(name) == value for name, value in (recipe.strategy_options or {}).items())
     width = not plan.width or plan.width.layout == recipe.layout
     width = width and (plan.details.get("unit", "block") == (recipe.unit or "block"))
+    width = width and plan.details.get("compensation", {}).get("asked", "none") == recipe.compensation
     default = next(iter(get_strategy(recipe.strategy).objectives), None)
     wanted = recipe.objective or default
     same = options and width and plan.details.get("objective", default) == wanted

@@ -7,7 +7,7 @@ headers and names, except for `verify="logits"`, which needs the dense model its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .per_layer import refuse_own_widths
 from .plan import PruningPlan
 from .skeleton import load_skeleton, model_dtype
 from .template import Template, make_template
-from .tensors import INDEX_FILE, WEIGHTS_FILE, StoredWeights, read_weights, shard_names
+from .tensors import INDEX_FILE, WEIGHTS_FILE, StoredTensor, StoredWeights, read_weights, shard_names
 
 
 logger = logging.get_logger("optimum.blockprune.source")
@@ -80,9 +80,15 @@ class Source:
                         return Cut(cut.axis, cut.indices(narrowing.kept, group.units, stored))
         return None
 
-    def kept(self, plan: PruningPlan) -> StoredWeights:
-        """Returns what is stored after pruning, still as byte ranges of the dense files."""
-        return self.weights.renamed(lambda name: self.new_name(name, plan), lambda name: self.cut(name, plan))
+    def kept(self, plan: PruningPlan, changed: Mapping[str, StoredTensor] | None = None) -> StoredWeights:
+        """Returns what is stored after pruning, still as byte ranges of the dense files.
+
+        Args:
+            plan: What stays.
+            changed: Tensors to take from elsewhere, by their stored name.
+        """
+        weights = self.weights.exchanged(changed or {})
+        return weights.renamed(lambda name: self.new_name(name, plan), lambda name: self.cut(name, plan))
 
 
 def locate(src: str | Path, hub: dict[str, Any]) -> tuple[Path, bool]:

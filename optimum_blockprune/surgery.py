@@ -18,11 +18,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import set_fields
 from .blocks import BlockStack, find_blocks
 from .errors import UnsupportedModelError
+from .folding import fold_all
 from .half import MLP
 from .names import renumber_key
 from .narrowing import narrow
 from .per_layer import refuse_own_widths
 from .plan import PruningPlan
+from .streaming import source_of
 from .table import SlicedTensor
 from .template import RUN_SETTINGS, Template, make_template, merged_attributes
 
@@ -72,6 +74,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     refuse_own_widths(model.config)
     stack = find_blocks(model, plan.stack)
     stack.layout.check(plan)
+    plan.folds.tensors()
     make_template(stack, plan)
 
 
@@ -81,7 +84,7 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
     1. The configuration follows the table's rules, copies of it in inner modules follow the template.
     2. Every attribute that depends on a block's number or on the depth follows the template.
     3. Weights outside the blocks that have a slice per block lose slices.
-    4. Kept blocks lose units of width: their tensors are copied without them.
+    4. What the plan folds into weights goes into them; kept blocks lose units of width: these tensors are copied.
     5. The block list keeps its identity and loses entries.
     6. The device map is renumbered; hooks stay on their modules.
 
@@ -102,6 +105,9 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
         _follow_configs(stack, template, journal)
         for name, row in template.sliced():
             _cut_slices(model.get_submodule(name), row, plan, journal)
+        for each in plan.folds.entries:
+            _refuse_offloaded(stack, stack.blocks[each.block], "changed")
+        fold_all(stack.blocks, plan.folds, journal.set)
         _narrow_blocks(stack, plan, journal)
         _cut_list(stack, plan, journal)
         _renumber_device_map(stack, plan, journal)
@@ -121,6 +127,7 @@ def provenance(plan: PruningPlan, previous: dict[str, Any] | None) -> dict[str, 
         "removed_blocks": list(plan.removed_blocks),
         **({"removed_halves": list(plan.removed_halves)} if plan.removed_halves else {}),
         "num_blocks": plan.num_blocks,
+        **({"compensated": [f"{each.block}.{each.module}" for each in plan.folds.entries]} if plan.folds else {}),
         **({"layout": plan.width.layout, "units": plan.width.totals()} if plan.width else {}),
         "base_model": plan.base_model,
         "versions": dict(plan.versions),
@@ -171,16 +178,17 @@ def _narrow_blocks(stack: BlockStack, plan: PruningPlan, journal: Journal) -> No
         group, block = width.groups[each.group], stack.blocks[each.block]
         if len(each.kept) == group.units == width.stored(each):
             continue
-        _refuse_offloaded(stack, block)
+        _refuse_offloaded(stack, block, "narrowed")
         own_config = not width.loads_anywhere
         narrow(block, group, each.kept, width.stored(each), journal.set, means=each.means, own_config=own_config)
 
 
-def _refuse_offloaded(stack: BlockStack, block: nn.Module) -> None:
-    """The weights of an offloaded block lie elsewhere, where they cannot be cut."""
-    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in block.modules()):
+def _refuse_offloaded(stack: BlockStack, block: nn.Module, how: str) -> None:
+    """The weights of an offloaded block lie elsewhere, where nothing can be done to them."""
+    offloaded = any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in block.modules())
+    if offloaded or source_of(stack.model) is not None:
         raise UnsupportedModelError(
-            f"{stack.layout.subject}: weights that are offloaded cannot be narrowed. Load the model on a device, or "
+            f"{stack.layout.subject}: weights that are offloaded cannot be {how}. Load the model on a device, or "
             "apply the plan to the files: plan.apply_to_checkpoint(src, dst), `optimum-cli blockprune apply`."
         )
 

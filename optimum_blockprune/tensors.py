@@ -12,7 +12,7 @@ without further arguments. Does not cover variants (`model.fp16.safetensors`) or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -150,6 +150,14 @@ class StoredWeights:
         """Size of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
+    def exchanged(self, others: Mapping[str, StoredTensor]) -> StoredWeights:
+        """Returns the same tensors, some of them from elsewhere, by name."""
+        shards = (
+            Shard(tuple(others.get(tensor.name, tensor) for tensor in shard.tensors), shard.metadata)
+            for shard in self.shards
+        )
+        return StoredWeights(tuple(shards), self.index)
+
     def renamed(
         self, rename: Callable[[str], str | None], cut: Callable[[str], Cut | None] = lambda name: None
     ) -> StoredWeights:
@@ -184,7 +192,7 @@ def read_weights(folder: Path) -> StoredWeights:
     """
     # In this order transformers looks for them, too.
     if (folder / WEIGHTS_FILE).is_file():
-        return StoredWeights((_read_shard(folder / WEIGHTS_FILE),), None)
+        return StoredWeights((read_file(folder / WEIGHTS_FILE),), None)
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(_no_weights(folder))
     index = read_index(folder / INDEX_FILE)
@@ -192,7 +200,7 @@ def read_weights(folder: Path) -> StoredWeights:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(f"'{folder}' lacks {', '.join(missing)} of its index; get the complete checkpoint.")
-    shards = {file: _read_shard(folder / file) for file in files}
+    shards = {file: read_file(folder / file) for file in files}
     _check_index(index["weight_map"], shards, folder)
     return StoredWeights(tuple(shards.values()), index.get("metadata") or {})
 
@@ -232,7 +240,8 @@ def _same_bytes(left: Iterator[memoryview], right: Iterator[memoryview]) -> bool
         one, other = one[count:], other[count:]
 
 
-def _read_shard(file: Path) -> Shard:
+def read_file(file: Path) -> Shard:
+    """Reads the header of one file; see `read_weights`."""
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,11 @@ def _write_shard(file: Path, shard: Shard, advance: Callable[[], Any]) -> None:
     # Wide elements first, as the library does: every tensor then begins at a multiple of its element's size.
     tensors = sorted(shard.tensors, key=lambda tensor: (-tensor.element_bits, tensor.start))
     buffer = memoryview(bytearray(BUFFER_BYTES))
-    with file.open("wb") as target, tensors[0].file.open("rb") as source:
+    with file.open("wb") as target, ExitStack() as opened:
+        sources = {path: opened.enter_context(path.open("rb")) for path in {tensor.file for tensor in tensors}}
         target.write(_header(tensors, shard.metadata, tensors[0].start))
         for tensor in tensors:
-            tensor.copy(source, target, buffer)
+            tensor.copy(sources[tensor.file], target, buffer)
             advance()
 
 

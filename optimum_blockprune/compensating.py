@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compensation without training: weights in front of every cut learn, in closed form, to make up for what is gone.
+
+A *cut* is where kept halves (or blocks) are no longer neighbours. In front of it stands a module that writes `y` to
+the residual stream (`writers`). With x the stream of the pruned model behind it, less y, and z the stream of the dense
+model where the next kept part begins, the map T is the minimum over tokens of
+
+    |x + y T - z|^2 / |z|^2  +  a |T - I|^2
+
+which is linear regression (ReplaceMe, arXiv 2505.02819, solves the same without weights and shrinks towards zero). T
+goes into the module's weight: no tensor is added, no shape changes. Cuts are taken from front to back, on the inputs
+that the pruned model has by then, so that a cut also makes up for what those before it left over.
+
+Ours: the weighting (a norm reads every token at its own scale), the shrinkage towards the identity, the first token of
+a window left out (its activations are massive), and the judge: some windows take no part in the regression, and a map
+is kept only if the KL divergence between the dense and the pruned model falls on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from optimum.utils import logging
+from torch import Tensor
+
+from .batches import Batch, CalibrationWindows
+from .branching import head_losses
+from .budget_rules import QUALITY_BUDGETS
+from .errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
+from .folding import Prepared
+from .folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
+from .half import ATTENTION, MLP, PARTS, Half, Unit, halves_of, single_halves
+from .halves import half_off
+from .measures import content_mask, fp64_zeros
+from .plan import PruningPlan
+from .runner import BlockRunner
+from .stand_ins import hidden_of, hooks, incoming_hidden
+from .strategies.base import SearchContext
+from .streaming import source_of
+from .teacher import with_teacher
+from .writers import Writer, find_writer
+
+
+logger = logging.get_logger("optimum.blockprune.compensating")
+
+NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
+_KINDS = {SCALE: (DIAGONAL,), RIDGE: (MATRIX,), AUTO: (DIAGONAL, MATRIX)}
+# Tried at every cut, times the mean diagonal of y'y; our choice.
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+# One window in so many judges.
+_JUDGES = 8
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """Where something is gone.
+
+    Attributes:
+        before: The last kept half in front of it.
+        after: The first kept half behind it; `None` at the end of the stack.
+    """
+
+    before: Half
+    after: Half | None
+
+
+def cut_points(plan: PruningPlan) -> list[CutPoint]:
+    """All cuts of a plan, front to back; what goes before the first kept half leaves nothing to put a map into."""
+    gone = halves_of(plan.removed_units)
+    halves = [Half(block, part) for block in range(plan.num_blocks) for part in PARTS]
+    kept = [half for half in halves if half not in gone]
+    pairs = zip(kept, [*kept[1:], None], strict=True)
+    places = len(halves)
+    return [
+        CutPoint(before, after)
+        for before, after in pairs
+        if before.place + 1 != (places if after is None else after.place)
+    ]
+
+
+def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, budget: str) -> None:
+    """Says before a search what compensation cannot do.
+
+    Raises:
+        ConfigurationError: The budget is one of quality, which is measured without it.
+        CalibrationError: Fewer than two windows.
+        UnsupportedModelError: The weights are not where they could be changed.
+    """
+    if budget in QUALITY_BUDGETS:
+        raise ConfigurationError(
+            f"{budget} is measured without compensation: set compensation='none', or give the number of blocks "
+            "(num_blocks) that such a run removed."
+        )
+    if windows is None or windows.num_windows < 2:
+        raise CalibrationError(
+            "Compensation fits weights on some windows of text and judges them on others: give dataset=... with at "
+            "least two windows, or compensation='none'."
+        )
+    if source_of(runner.model) is not None or any(p.is_meta for p in runner.model.parameters()):
+        raise UnsupportedModelError(
+            f"{runner.stack.layout.subject}: compensation changes weights, which are streamed or offloaded here. Load "
+            "the model on a device, or set compensation='none'."
+        )
+
+
+def compensated(context: SearchContext, plan: PruningPlan, compensation: str) -> PruningPlan:
+    """Returns the plan with maps at its cuts; see the module docstring.
+
+    Args:
+        context: Of the search that made the plan; the dense model, which is not changed, and the windows.
+        plan: What is removed.
+        compensation: `"scale"` (one factor per channel), `"ridge"` (a matrix), or `"auto"`, the better one at each
+            cut.
+
+    Raises:
+        NonFiniteError: Statistics are NaN or infinite.
+    """
+    plan = _Compensation(context, plan, _KINDS[compensation]).plan()
+    details = {"asked": compensation, **plan.details["compensation"]}
+    return replace(plan, details={**plan.details, "compensation": details})
+
+
+class _Compensation:
+    def __init__(self, context: SearchContext, plan: PruningPlan, kinds: Sequence[str]) -> None:
+        self.context, self.runner, self._plan, self.kinds = context, context.runner, plan, kinds
+        self.off: list[Unit] = list(plan.removed_units)
+        windows = context.require_windows()
+        every = range(windows.num_windows)
+        judges = [row for row in every if row % _JUDGES == _JUDGES - 1] or [windows.num_windows - 1]
+        self.fitted = windows.part([row for row in every if row not in judges])
+        self.judges = with_teacher(self.runner, windows.part(judges), context.batch_size)
+        self.entries: list[Fold] = []
+        self.tensors: dict[str, Tensor] = {}
+
+    def plan(self) -> PruningPlan:
+        points = cut_points(self._plan)
+        steps: list[dict[str, Any]] = []
+        first = self._judged(0, None, [([], {})])[0]
+        reached = first
+        with self.context.progress(len(points), "Compensation") as bar:
+            for number, point in enumerate(points, 1):
+                step = {"after": str(point.before), **self._step(number, point, reached)}
+                reached = step.get("kl", reached)
+                steps.append(step)
+                bar.update()
+        logger.info(
+            f"Compensation: KL {first:.4f} -> {reached:.4f} nats per token on {self.judges.num_windows} windows that "
+            f"judge ({len(self.entries)} of {len(points)} cuts)."
+        )
+        details = {"kl_before": first, "kl_after": reached, "judges": self.judges.num_windows, "cuts": steps}
+        held = {name: tensor for name, tensor in self.tensors.items()}
+        return replace(
+            self._plan,
+            folds=Folds(tuple(self.entries), digest_of(held), held=held),
+            details={**self._plan.details, "compensation": details},
+        )
+
+    def _step(self, number: int, point: CutPoint, reached: float) -> dict[str, Any]:
+        """Fits and judges the maps of one cut; keeps the best if it is better than none."""
+        block = self.runner.stack.blocks[point.before.block]
+        writer = find_writer(block, partial(self._run_block, point.before))
+        if writer is None:
+            logger.info(f"No weight in front of the cut behind {point.before} can take a map; left as it is.")
+            return {"kind": "none", "reason": "no module writes to the stream alone"}
+        sums = self.context.measured(f"compensation-{number}", partial(self._sums, point, writer))
+        if not all(bool(torch.isfinite(each).all()) for each in sums.values()):
+            raise NonFiniteError("NaN or infinity in the hidden states. Load the model in another dtype.")
+        name = f"{point.before.block}.{writer.module}"
+        tried = []
+        for kind in self.kinds if writer.kind == MATRIX else (DIAGONAL,):
+            for strength in STRENGTHS:
+                fold, tensor = writer.fold(point.before.block, kind, name), solved(sums, kind, strength)
+                tried.append((kind, strength, fold, tensor))
+        losses = self._judged(number, point, [([fold], {name: tensor}) for _, _, fold, tensor in tried])
+        best = min(range(len(tried)), key=losses.__getitem__)
+        if not losses[best] < reached:
+            return {"kind": "none", "module": writer.module, "tried": losses}
+        kind, strength, fold, tensor = tried[best]
+        self.entries.append(fold)
+        self.tensors[name] = tensor
+        return {"kind": kind, "module": writer.module, "strength": strength, "kl": losses[best], "tried": losses}
+
+    def _run_block(self, before: Half) -> Tensor:
+        """The block in front of a cut on made-up tokens, as far as it is left."""
+        number = before.block
+        block, off = self.runner.stack.blocks[number], single_halves(self.off).get(number)
+        if self._arguments is None or self._arguments[0] != number:
+            self._arguments = (number, self.runner.arguments_of(number))
+        args, kwargs = self._arguments[1]
+        given = incoming_hidden(args, kwargs).clone()
+        args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+        if off is None:
+            return hidden_of(block(*args, **kwargs))
+        with half_off(block, self.runner.halves.of(number), off):
+            return hidden_of(block(*args, **kwargs))
+
+    _arguments: tuple[int, Any] | None = None
+
+    def _sums(self, point: CutPoint, writer: Writer, size: int) -> dict[str, Tensor]:
+        """y'y and y'(z - x - y) over this process's tokens, in fp64."""
+        module = self.runner.stack.blocks[point.before.block].get_submodule(writer.module)
+        found: dict[str, Tensor] = {}
+        folds = Prepared(self.runner.stack.blocks, self.entries, self.tensors)
+        for _, batch in self.context.batches(size, self.fitted):
+            tokens = content_mask(self.runner.positions(batch)).flatten().nonzero().squeeze(1)
+            seen: list[Tensor] = []
+            with folds.on(), hooks() as hook:
+                hook(module.register_forward_hook(lambda _module, _args, output, seen=seen: seen.append(output)))
+                pruned = self.runner.run_to(batch, point.before.block, self.off)
+            added = seen[-1].reshape(-1, seen[-1].shape[-1])
+            picked = tokens.to(added.device)
+            y = added[picked].float() * writer.factor
+            z = self._wanted(batch, point.after).flatten(0, 1)[picked].float()
+            missing = z - hidden_of(pruned.value).flatten(0, 1)[picked].to(z.device).float()
+            weights = z.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+            y, missing = y.to(z.device) * weights, missing * weights
+            for name, product in (("moments", y.T @ y), ("missing", y.T @ missing)):
+                total = found.setdefault(name, fp64_zeros(product, *product.shape))
+                total += product.to(total.device).double()
+        return {name: total.cpu() for name, total in found.items()}
+
+    def _wanted(self, batch: Batch, after: Half | None) -> Tensor:
+        """The stream of the dense model where the next kept half begins."""
+        if after is None:
+            return hidden_of(self.runner.run_to(batch, self.runner.num_blocks - 1).value)
+        if after.part == MLP:
+            return hidden_of(self.runner.run_to(batch, after.block, [after]).value)
+        return hidden_of(self.runner.run_to(batch, after.block - 1).value)
+
+    def _judged(
+        self, number: int, point: CutPoint | None, tried: Sequence[tuple[list[Fold], dict[str, Tensor]]]
+    ) -> list[float]:
+        """The KL divergence of each choice of maps on the windows that judge, nats per token."""
+        blocks = self.runner.stack.blocks
+        prepared = [
+            Prepared(blocks, [*self.entries, *entries], {**self.tensors, **tensors}) for entries, tensors in tried
+        ]
+
+        def measure(size: int) -> dict[str, Tensor]:
+            sums = torch.zeros(len(tried), dtype=torch.float64)
+            for _, batch in self.context.batches(size, self.judges):
+                for place, folds in enumerate(prepared):
+                    with folds.on():
+                        last = self.runner.run_to(batch, self.runner.last_block(self.off), self.off)
+                        sums[place] += head_losses(self.runner, batch, last).sum().cpu()
+            return {"losses": sums}
+
+        found = self.context.measured(f"compensation-{number}-judged", measure)["losses"]
+        tokens = _predictions(self.judges)
+        means = [loss / tokens for loss in found.tolist()]
+        return [mean if math.isfinite(mean) else math.inf for mean in means]
+
+
+def solved(sums: dict[str, Tensor], kind: str, strength: float) -> Tensor:
+    """T (or its diagonal), fp32, from the sums over tokens and the strength of the shrinkage.
+
+    Args:
+        sums: `moments`, y'y [d, d], and `missing`, y'(z - x - y) [d, d], fp64.
+        kind: `"matrix"` or `"diagonal"`.
+        strength: Times the mean diagonal of y'y.
+    """
+    moments, missing = sums["moments"], sums["missing"]
+    shrinkage = strength * moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    if kind == DIAGONAL:
+        return (1 + missing.diagonal() / (moments.diagonal() + shrinkage)).float()
+    identity = torch.eye(len(moments), dtype=torch.float64)
+    change = torch.cholesky_solve(missing, torch.linalg.cholesky(moments + shrinkage * identity))
+    return (identity + change).float()
+
+
+def _predictions(windows: CalibrationWindows) -> int:
+    from .losses import predicted
+
+    return sum(int(predicted(batch).sum()) for batch in _all(windows))
+
+
+def _all(windows: CalibrationWindows) -> Iterator[Batch]:
+    return windows.batches(windows.num_windows)
