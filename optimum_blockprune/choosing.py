@@ -81,8 +81,7 @@ def choose(
     _require_halves(runner, recipe, strategy)
     windows = _taught(runner, recipe, _calibrate(stack, recipe, tokenizer, report), report)
     held_out = _held_out_part(stack, recipe, tokenizer, windows)
-    if recipe.compensation != NONE:
-        check_compensation(runner, windows, recipe.budget)
+    check_compensation(runner, windows, recipe)
     if (team := Team.current()).size > 1:
         for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
             team.check_same(name, json.dumps(described))
@@ -105,12 +104,17 @@ def choose(
     )
     with report.timed("search"):
         plan = plan_within(recipe, strategy, context, held_out, partial(_check_choice, strategy=recipe.strategy))
-    if recipe.compensation != NONE:
-        with report.timed("compensation"):
-            plan = compensated(context, plan, recipe.compensation)
+    plan = _compensated(context, plan, recipe, report)
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
+
+
+def _compensated(context: SearchContext, plan: PruningPlan, recipe: Recipe, report: PruningReport) -> PruningPlan:
+    if recipe.compensation == NONE:
+        return plan
+    with report.timed("compensation"):
+        return compensated(context, plan, recipe.compensation)
 
 
 def _require_halves(runner: BlockRunner, recipe: Recipe, strategy: PruningStrategy) -> None:
@@ -255,7 +259,8 @@ def _calibrate(
         )
     with report.timed("calibration"):
         windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe))
-        return fitted(windows, stack.model, stack.layout, tokenizer, masked=strategy.needs_loss or compensates, seed=recipe.seed)
+        measured = strategy.needs_loss or compensates
+        return fitted(windows, stack.model, stack.layout, tokenizer, masked=measured, seed=recipe.seed)
 
 
 def _taught(

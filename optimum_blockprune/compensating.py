@@ -34,10 +34,11 @@ from .budget_rules import QUALITY_BUDGETS
 from .errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
 from .folding import Prepared
 from .folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
-from .half import ATTENTION, MLP, PARTS, Half, Unit, halves_of, single_halves
+from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
 from .halves import half_off
 from .measures import content_mask, fp64_zeros
 from .plan import PruningPlan
+from .recipe import Recipe
 from .runner import BlockRunner
 from .stand_ins import hidden_of, hooks, incoming_hidden
 from .strategies.base import SearchContext
@@ -51,7 +52,7 @@ logger = logging.get_logger("optimum.blockprune.compensating")
 NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
 _KINDS = {SCALE: (DIAGONAL,), RIDGE: (MATRIX,), AUTO: (DIAGONAL, MATRIX)}
 # Tried at every cut, times the mean diagonal of y'y; our choice.
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+STRENGTHS = (1.0, 3.0, 10.0)
 # One window in so many judges.
 _JUDGES = 8
 
@@ -83,7 +84,7 @@ def cut_points(plan: PruningPlan) -> list[CutPoint]:
     ]
 
 
-def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, budget: str) -> None:
+def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, recipe: Recipe) -> None:
     """Says before a search what compensation cannot do.
 
     Raises:
@@ -91,9 +92,11 @@ def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, 
         CalibrationError: Fewer than two windows.
         UnsupportedModelError: The weights are not where they could be changed.
     """
-    if budget in QUALITY_BUDGETS:
+    if recipe.compensation == NONE:
+        return
+    if recipe.budget in QUALITY_BUDGETS:
         raise ConfigurationError(
-            f"{budget} is measured without compensation: set compensation='none', or give the number of blocks "
+            f"{recipe.budget} is measured without compensation: set compensation='none', or give the number of blocks "
             "(num_blocks) that such a run removed."
         )
     if windows is None or windows.num_windows < 2:

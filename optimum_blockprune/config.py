@@ -166,9 +166,7 @@ class BlockPruningConfig(BaseConfig):
         compensation = {} if asked is None else {"compensation": asked}
         if plan.strategy == "manual":
             named = {"blocks": ",".join(plan.removed_names)}
-            return cls(
-                "manual", num_blocks=plan.num_removed, stack=stack, strategy_options=named, **compensation
-            )
+            return cls("manual", num_blocks=plan.num_removed, stack=stack, strategy_options=named, **compensation)
         options = dict(plan.options) or None
         width = {"layout": plan.width.layout, "align": plan.details.get("align", 1)} if plan.width else {}
         no_budget = set(plan.requested) - set(BUDGET_FIELDS)

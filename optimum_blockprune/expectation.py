@@ -55,8 +55,8 @@ def expect(model: PreTrainedModel, plan: PruningPlan) -> Expectation:
     layout.check(plan)
     batch = probe_batch(model, layout)
     runner = BlockRunner(model, plan.stack)
+    folds = Prepared(runner.stack.blocks, plan.folds.entries, plan.folds.tensors())
     try:
-        folds = Prepared(runner.stack.blocks, plan.folds.entries, plan.folds.tensors())
         with folds.on(), width_off(runner.stack.blocks, plan.width):
             logits = runner.logits(batch, off=plan.removed_units).float().cpu()
     except torch.OutOfMemoryError:

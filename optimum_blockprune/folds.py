@@ -88,8 +88,8 @@ class Folds:
         if self.file is None or not self.file.is_file():
             where = "a file beside the plan" if self.file is None else f"'{self.file}'"
             raise PlanError(
-                f"The plan folds statistics into weights, which {where} holds, and it is not there. Copy it beside the "
-                "plan, or choose again."
+                f"The plan folds statistics into weights, which {where} holds, and it is not there. Copy it beside "
+                "the plan, or choose again."
             )
         try:
             found = load_file(self.file)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import PlanError
-from .half import Half
 from .folds import joined_folds
+from .half import Half
 from .joining import composed
 from .widths import Width
 

@@ -169,8 +169,8 @@ class Recipe:
         default="none",
         metadata={
             "help": "Whether weights that stay make up for what goes, in closed form: 'scale' fits a factor for each "
-            "channel in front of every gap, 'ridge' a matrix, 'auto' the better one; no shape changes. Kept only where "
-            "some of the windows, which the fit does not see, say that it helps.",
+            "channel in front of every gap, 'ridge' a matrix, 'auto' the better one; no shape changes. Kept only "
+            "where some of the windows, which the fit does not see, say that it helps.",
             "choices": COMPENSATIONS,
         },
     )
@@ -328,6 +328,9 @@ def _check_texts(recipe: Recipe) -> None:
         )
     if recipe.layout not in LAYOUTS:
         raise ConfigurationError(f"Unknown layout {recipe.layout!r}.{nearest(str(recipe.layout), LAYOUTS)}")
+    if recipe.compensation not in COMPENSATIONS:
+        given = recipe.compensation
+        raise ConfigurationError(f"Unknown compensation {given!r}.{nearest(str(given), COMPENSATIONS)}")
     column = recipe.dataset_text_field
     if column is not None and (not isinstance(column, str) or not column):
         raise ConfigurationError(f"dataset_text_field must be the name of a column, not {column!r}.")

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from .folding import folded
 from .folds import DIAGONAL, MATRIX, Fold
 from .inputs import evaluating
-from .stand_ins import hidden_of
 
 
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}

@@ -95,6 +95,7 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
         "calibration_recipe": "sleb",
         "protect_first": 1,
         "protect_last": 2,
+        "compensation": "ridge",
         "layout": "padded",
         "align": 16,
         "held_out_dataset": "wikitext2",

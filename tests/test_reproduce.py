@@ -87,6 +87,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "calibration_recipe": [{"calibration_recipe": "sleb"}],
     "protect_first": [{"protect_first": 0}, {"protect_first": 2}],
     "protect_last": [{"protect_last": 0}],
+    "compensation": [{"compensation": "ridge"}, {"compensation": "auto"}],
     "layout": [{"strategy": "magnitude", "layout": "padded"}],
     "align": [{"strategy": "magnitude", "align": 16}],
     "strategy_options": [

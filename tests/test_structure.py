@@ -19,7 +19,7 @@ LAYERS = (
     ("errors",),
     ("half",),
     ("healing_spec", "json_values"),
-    ("budget_rules", "plan_rules", "report_rules", "widths"),
+    ("budget_rules", "folds", "plan_rules", "report_rules", "widths"),
     ("joining", "width_places"),
     ("plan_changes",),
     # values, and tools that know neither models nor configurations
@@ -27,7 +27,7 @@ LAYERS = (
     + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files", "racing")
     + ("copying", "interrupts", "ledger", "memory", "offload", "team"),
     ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors")
-    + ("processes", "resuming"),
+    + ("folding", "processes", "resuming"),
     ("weight_writing",),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
     + ("picture_quality", "picture_search"),
@@ -36,13 +36,17 @@ LAYERS = (
     ("card",),
     # one live model, and what is measured on its hidden states
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
-    ("benchmark_tasks", "file_weights", "forms", "generation", "halves", "per_layer"),
+    ("benchmark_tasks", "file_weights", "forms", "generation", "halves", "per_layer", "writers"),
     ("estimators", "ica", "runner", "skeleton", "tasks", "template"),
     ("passes", "streaming"),
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
+<<<<<<< HEAD
     ("expectation", "teacher", "training"),
+=======
+    ("compensating", "expectation", "training"),
+>>>>>>> a08dd1a (Compensation: judged by what the dense model says; tests and guide)
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
@@ -65,7 +69,8 @@ LAYERS = (
         "strategies.sleb",
     ),
     ("depths", "sequence", "source"),
-    ("checkpoint", "measuring", "streamed_saving"),
+    ("file_folds", "measuring", "streamed_saving"),
+    ("checkpoint",),
     ("publishing",),
     ("healing",),
     ("pruner",),
@@ -96,10 +101,10 @@ LIGHT = (
     "recipe",
 )
 LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report", "report_rules", "widths")
-LIGHT += ("healing_spec",)
+LIGHT += ("folds", "healing_spec")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
-CHOOSERS = ("asked", "budgets", "choosing", "width_task")
+CHOOSERS = ("asked", "budgets", "compensating", "choosing", "width_task")
 MAX_FILE, MAX_FUNCTION = 350, 60
 
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
