@@ -82,9 +82,7 @@ def choose(
     windows = _taught(runner, recipe, _calibrate(stack, recipe, tokenizer, report), report)
     held_out = _held_out_part(stack, recipe, tokenizer, windows)
     check_compensation(runner, windows, recipe)
-    if (team := Team.current()).size > 1:
-        for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
-            team.check_same(name, json.dumps(described))
+    team = _team(stack, recipe, windows, held_out)
     context = SearchContext(
         runner=runner,
         windows=windows,
@@ -108,6 +106,16 @@ def choose(
     check_plan(model, plan)
     _record_cost(report, plan, context)
     return plan
+
+
+def _team(
+    stack: BlockStack, recipe: Recipe, windows: CalibrationWindows | None, held_out: CalibrationWindows | None
+) -> Team:
+    """The processes that measure together, which must have been asked for the same."""
+    if (team := Team.current()).size > 1:
+        for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
+            team.check_same(name, json.dumps(described))
+    return team
 
 
 def _compensated(context: SearchContext, plan: PruningPlan, recipe: Recipe, report: PruningReport) -> PruningPlan:

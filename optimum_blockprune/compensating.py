@@ -19,7 +19,7 @@ is kept only if the KL divergence between the dense and the pruned model falls o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from .folding import Prepared
 from .folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
 from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
 from .halves import half_off
+from .losses import predicted
 from .measures import content_mask, fp64_zeros
 from .plan import PruningPlan
 from .recipe import Recipe
@@ -277,10 +278,4 @@ def solved(sums: dict[str, Tensor], kind: str, strength: float) -> Tensor:
 
 
 def _predictions(windows: CalibrationWindows) -> int:
-    from .losses import predicted
-
-    return sum(int(predicted(batch).sum()) for batch in _all(windows))
-
-
-def _all(windows: CalibrationWindows) -> Iterator[Batch]:
-    return windows.batches(windows.num_windows)
+    return sum(int(predicted(batch).sum()) for batch in windows.batches(windows.num_windows))

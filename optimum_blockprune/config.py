@@ -176,7 +176,15 @@ class BlockPruningConfig(BaseConfig):
         objectives = get_strategy(plan.strategy).objectives
         # The strategy's own default is left to it, as it was most likely not asked for.
         objective = {"objective": plan.details["objective"]} if plan.details.get("objective") in objectives[1:] else {}
-        fields = {"stack": stack, "strategy_options": options, "seed": plan.seed, **width, **unit, **objective, **compensation}
+        fields = {
+            "stack": stack,
+            "strategy_options": options,
+            "seed": plan.seed,
+            **width,
+            **unit,
+            **objective,
+            **compensation,
+        }
         return cls(plan.strategy, **plan.requested, **fields)
 
     @classmethod

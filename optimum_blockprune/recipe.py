@@ -24,6 +24,12 @@ BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params", "target_size_gb", *O
 CALIBRATION_RECIPES = ("windows", "sleb")
 OBJECTIVES = ("nll", "kl")
 COMPENSATIONS = ("none", "scale", "ridge", "auto")
+_CHOICES = {
+    "objective": OBJECTIVES,
+    "compensation": COMPENSATIONS,
+    "layout": LAYOUTS,
+    "calibration_recipe": CALIBRATION_RECIPES,
+}
 
 
 @dataclass(frozen=True)
@@ -322,23 +328,15 @@ def _check_texts(recipe: Recipe) -> None:
         raise ConfigurationError(f"stack must be 'decoder' or 'encoder', not {recipe.stack!r}.")
     if recipe.unit not in (None, "block", "half_block"):
         raise ConfigurationError(f"unit must be 'block' or 'half_block', not {recipe.unit!r}.")
-    if recipe.objective is not None and recipe.objective not in OBJECTIVES:
-        raise ConfigurationError(
-            f"Unknown objective {recipe.objective!r}.{nearest(str(recipe.objective), OBJECTIVES)}"
-        )
-    if recipe.layout not in LAYOUTS:
-        raise ConfigurationError(f"Unknown layout {recipe.layout!r}.{nearest(str(recipe.layout), LAYOUTS)}")
-    if recipe.compensation not in COMPENSATIONS:
-        given = recipe.compensation
-        raise ConfigurationError(f"Unknown compensation {given!r}.{nearest(str(given), COMPENSATIONS)}")
     column = recipe.dataset_text_field
     if column is not None and (not isinstance(column, str) or not column):
         raise ConfigurationError(f"dataset_text_field must be the name of a column, not {column!r}.")
     if not isinstance(recipe.use_chat_template, bool):
         raise ConfigurationError(f"use_chat_template must be True or False, not {recipe.use_chat_template!r}.")
-    name = recipe.calibration_recipe
-    if name not in CALIBRATION_RECIPES:
-        raise ConfigurationError(f"Unknown calibration_recipe {name!r}.{nearest(str(name), CALIBRATION_RECIPES)}")
+    for name, choices in _CHOICES.items():
+        value = getattr(recipe, name)
+        if value not in choices and not (name == "objective" and value is None):
+            raise ConfigurationError(f"Unknown {name} {value!r}.{nearest(str(value), choices)}")
 
 
 def _check_options(options: Any) -> None:

@@ -42,11 +42,8 @@ LAYERS = (
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
-<<<<<<< HEAD
     ("expectation", "teacher", "training"),
-=======
-    ("compensating", "expectation", "training"),
->>>>>>> a08dd1a (Compensation: judged by what the dense model says; tests and guide)
+    ("compensating",),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left of a model's quality: strategies, units, objectives and compensation from the same calibration tokens.
+
+Every choice is made once, for the largest number of blocks, and cut short for the smaller ones; compensation is
+fitted anew to each of them, on the tokens that the choice was made on. Held-out texts are other ones. Prints a table
+and, with `--output`, writes it as JSON; what the file holds already is not measured again.
+
+    python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb half-kl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from material import machine, smollm2_gguf, write_texts
+
+from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
+from optimum_blockprune.depths import pruned_to
+from optimum_blockprune.environment import versions
+from optimum_blockprune.evaluation import EvaluationSpec
+
+
+_HALF = {"unit": "half_block"}
+_RACE = {"strategy_options": {"search": "race"}}
+CHOICES: dict[str, dict[str, Any]] = {
+    "sleb": {"strategy": "sleb", **_RACE},
+    "sleb-kl": {"strategy": "sleb", "objective": "kl", **_RACE},
+    "half": {"strategy": "sleb", **_HALF, **_RACE},
+    "half-kl": {"strategy": "sleb", "objective": "kl", **_HALF, **_RACE},
+    "shortgpt": {"strategy": "shortgpt"},
+    "angular": {"strategy": "angular"},
+    "mi_prun": {"strategy": "mi_prun"},
+    "mi_prun-dp": {"strategy": "mi_prun", "strategy_options": {"selection": "dp"}},
+    "functional_network": {"strategy": "functional_network", "strategy_options": {"unit": "block"}},
+}
+
+
+def main() -> None:
+    """Chooses, compensates, measures, prints."""
+    args = _arguments()
+    calibration, held_out = write_texts(Path(".demo"))
+    texts = dict(each.split("=", 1) for each in args.texts or [f"articles={held_out}"])
+    pruner = BlockPruner.from_pretrained(args.model or smollm2_gguf(), dtype=args.dtype, device_map=args.device)
+    output = Path(args.output) if args.output else None
+    report = json.loads(output.read_text()) if output and output.is_file() else {"rows": []}
+    report |= {
+        "model": args.model or "SmolLM2-135M-Instruct (Q4_1 GGUF, float32)",
+        "device": machine() if pruner.model.device.type == "cpu" else torch.cuda.get_device_name(),
+        "versions": versions(),
+        "test": {"windows": args.test_windows, "seqlen": args.seqlen},
+    }
+    pruner.config = BlockPruningConfig(seqlen=args.seqlen, batch_size=args.batch_size)
+    bench = _Bench(pruner, args, texts, args.calibration or str(calibration), report, output)
+    bench.dense()
+    for seed in args.seeds:
+        for choice in args.choices:
+            bench.choice(choice, seed)
+    sys.stdout.write(_table(report, list(texts)))
+
+
+class _Bench:
+    def __init__(
+        self,
+        pruner: BlockPruner,
+        args: argparse.Namespace,
+        texts: dict[str, str],
+        calibration: str,
+        report: dict[str, Any],
+        output: Path | None,
+    ) -> None:
+        self.pruner, self.args, self.texts, self.report, self.output = pruner, args, texts, report, output
+        self.data = {
+            "dataset": calibration,
+            "num_samples": args.windows,
+            "seqlen": args.seqlen,
+            "batch_size": args.batch_size,
+        }
+
+    def dense(self) -> None:
+        """Measures the dense model."""
+        if not self._known("dense", 0, "none", 0):
+            self._row("dense", 0, "none", 0, self._measured(None), 0.0)
+
+    def choice(self, choice: str, seed: int) -> None:
+        """Chooses, for the largest number of blocks, and measures every number with every compensation."""
+        wanted = [
+            (count, compensation)
+            for count in self.args.counts
+            for compensation in self.args.compensations
+            if not self._known(choice, count, compensation, seed)
+        ]
+        if not wanted:
+            return
+        config = BlockPruningConfig(**CHOICES[choice], num_blocks=max(self.args.counts), seed=seed, **self.data)
+        begin = time.perf_counter()
+        plan = self._made(config)
+        seconds = time.perf_counter() - begin
+        for count, compensation in wanted:
+            begin = time.perf_counter()
+            shorter = plan.truncate(count)
+            if compensation != "none":
+                shorter = self._compensated(shorter, compensation, seed)
+            spent = seconds + time.perf_counter() - begin
+            self._row(choice, count, compensation, seed, self._measured(shorter), spent, shorter)
+
+    def _compensated(self, plan: PruningPlan, compensation: str, seed: int) -> PruningPlan:
+        """The same blocks, with maps fitted on the tokens that they were chosen on."""
+        names = {"blocks": ",".join(plan.removed_names)}
+        config = BlockPruningConfig(
+            "manual",
+            num_blocks=plan.num_removed,
+            compensation=compensation,
+            strategy_options=names,
+            seed=seed,
+            **self.data,
+        )
+        return self._made(config)
+
+    def _made(self, config: BlockPruningConfig) -> PruningPlan:
+        """A plan; the pruner keeps its own configuration, which says how to measure."""
+        own = self.pruner.config
+        try:
+            return self.pruner.make_plan(config)
+        finally:
+            self.pruner.config = own
+
+    def _measured(self, plan: PruningPlan | None) -> dict[str, Any]:
+        """Perplexity on every text, and the number of parameters."""
+        spec = EvaluationSpec(batch_size=self.args.batch_size, speed=False, continuations=0)
+        plan = plan or PruningPlan.from_blocks(self.pruner.model, [])
+        found: dict[str, Any] = {}
+        with pruned_to(self.pruner.model, plan):
+            for name, path in self.texts.items():
+                figures = self.pruner.evaluate(path, num_samples=self.args.test_windows, spec=spec)
+                found[name], found["parameters"] = figures["perplexity"], figures["parameters"]
+        return found
+
+    def _known(self, choice: str, count: int, compensation: str, seed: int) -> bool:
+        key = (choice, count, compensation, seed)
+        return any(
+            tuple(row[name] for name in ("choice", "count", "compensation", "seed")) == key
+            for row in self.report["rows"]
+        )
+
+    def _row(
+        self,
+        choice: str,
+        count: int,
+        compensation: str,
+        seed: int,
+        figures: dict[str, Any],
+        seconds: float,
+        plan: PruningPlan | None = None,
+    ) -> None:
+        row = {"choice": choice, "count": count, "compensation": compensation, "seed": seed, **figures}
+        row |= {"seconds": seconds}
+        if plan is not None:
+            row |= {"removed": list(plan.removed_names), "calibration": plan.calibration}
+        self.report["rows"].append(row)
+        if self.output:
+            self.output.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+
+
+def _table(report: dict[str, Any], texts: list[str]) -> str:
+    rows = sorted(report["rows"], key=lambda row: (row["count"], row["choice"], row["compensation"], row["seed"]))
+    lines = [
+        f"{report['model']}; {report['device']}",
+        "",
+        f"| blocks | choice | compensation | seed | {' | '.join(texts)} | parameters | seconds |",
+        "|---:|---|---|---:|" + "---:|" * (len(texts) + 2),
+    ]
+    for row in rows:
+        figures = " | ".join(f"{row[text]:.2f}" for text in texts)
+        lines.append(
+            f"| {row['count']} | {row['choice']} | {row['compensation']} | {row['seed']} | {figures} | "
+            f"{row['parameters']:,} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder or repo id; SmolLM2-135M-Instruct unless given")
+    parser.add_argument("--calibration", help="text to choose on; articles of a package unless given")
+    parser.add_argument("--texts", nargs="+", metavar="NAME=FILE", help="held-out texts; other articles unless given")
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
+    parser.add_argument(
+        "--compensations", nargs="+", default=["none", "ridge"], choices=["none", "scale", "ridge", "auto"]
+    )
+    parser.add_argument("--counts", nargs="+", type=int, default=[3, 5, 7], help="numbers of blocks")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--test-windows", type=int, default=40)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
