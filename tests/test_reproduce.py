@@ -55,6 +55,7 @@ def made_with(given: BlockPruningConfig, **changed: Any) -> PruningPlan:
         "details": {
             **({"unit": recipe.unit} if recipe.unit == "half_block" else {}),
             **({"objective": recipe.objective} if recipe.objective else {}),
+            **({"compensation": {"asked": recipe.compensation}} if recipe.compensation != "none" else {}),
         },
     }
     return PruningPlan.from_removed("llama", 6, [4, 1], **{**known, **changed})
