@@ -140,6 +140,7 @@ class _Compensation:
         self.judges = with_teacher(self.runner, windows.part(judges), context.batch_size)
         self.entries: list[Fold] = []
         self.tensors: dict[str, Tensor] = {}
+        self._arguments: tuple[int, Any] | None = None
 
     def plan(self) -> PruningPlan:
         points = cut_points(self._plan)
@@ -157,10 +158,9 @@ class _Compensation:
             f"judge ({len(self.entries)} of {len(points)} cuts)."
         )
         details = {"kl_before": first, "kl_after": reached, "judges": self.judges.num_windows, "cuts": steps}
-        held = {name: tensor for name, tensor in self.tensors.items()}
         return replace(
             self._plan,
-            folds=Folds(tuple(self.entries), digest_of(held), held=held),
+            folds=Folds(tuple(self.entries), digest_of(self.tensors), held=self.tensors),
             details={**self._plan.details, "compensation": details},
         )
 
@@ -202,8 +202,6 @@ class _Compensation:
             return hidden_of(block(*args, **kwargs))
         with half_off(block, self.runner.halves.of(number), off):
             return hidden_of(block(*args, **kwargs))
-
-    _arguments: tuple[int, Any] | None = None
 
     def _sums(self, point: CutPoint, writer: Writer, size: int) -> dict[str, Tensor]:
         """y'y and y'(z - x - y) over this process's tokens, in fp64."""

@@ -120,6 +120,11 @@ def _refuse_depths(args: Namespace, pruner: BlockPruner) -> None:
     if args.tasks and args.export:
         raise ConfigurationError("--tasks scores one result: use it without --export, or `evaluate` on the folders.")
     recipe = pruner.config.recipe
+    if recipe.compensation != "none":
+        raise ConfigurationError(
+            f"--compensation {recipe.compensation} is fitted to one depth: leave out --export and --curve, and run "
+            "once for each depth."
+        )
     if args.blocks is None and removes(recipe) == "width":
         raise ConfigurationError(
             f"Strategy '{recipe.strategy}' removes channels and heads, which have no depths: leave out --export and "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refusal
 from families import FAMILIES, block_list, plain_logits, random_ids, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -336,3 +337,20 @@ def test_streamed_models_are_refused(tmp_path: Path) -> None:
     pruner = BlockPruner.from_pretrained(tmp_path, config("2"), stream=True)
     with pytest.raises(UnsupportedModelError, match="streamed"):
         pruner.make_plan()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--num-blocks", "2", "--strategy", "sleb", "--dataset", "text.txt", "--export", "1,2"], "one depth"),
+        (["--blocks", "2"], "compensation would have no effect"),
+    ],
+)
+def test_the_command_ignores_nothing(
+    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is searched: depths are not fitted, and named blocks have no text to fit on."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    given = ["run", "-m", tmp_path / "dense", "--compensation", "ridge", *words, tmp_path / "out"]
+    assert reason in refusal(capsys, *given)
+    assert not (tmp_path / "out").exists()
