@@ -27,11 +27,11 @@ from .widths import Narrowing, Width
 logger = logging.get_logger("optimum.blockprune.choosing")
 
 # For messages: the strategies of this package that search half-blocks.
-KNOW_HALVES = "sleb, mi_prun, shortgpt, angular, functional_network with option unit=block"
+KNOW_HALVES = "sleb, search, mi_prun, shortgpt, angular, functional_network with option unit=block"
 
 
 # For messages: the strategies of this package that know an objective.
-KNOW_OBJECTIVES = "sleb"
+KNOW_OBJECTIVES = "sleb, search"
 
 
 def asked_for(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .batches import Batch
 from .errors import UnsupportedModelError
-from .half import Removal, Unit, blocks_off, first_block, units_of
+from .half import Half, Removal, Unit, blocks_off, first_block, halves_of, units_of
 from .inputs import vocabulary_of
 from .losses import Head, prediction_losses
 from .passes import prove
@@ -38,6 +38,7 @@ class Branches:
     def __init__(self, runner: BlockRunner) -> None:
         self.runner = runner
         self._held = _Held()
+        self._gone: set[Half] = set()
         self._size = 0
 
     def check(self, batch: Batch) -> None:
@@ -58,10 +59,13 @@ class Branches:
                 f"whole windows ({whole:.4f}). Use search='naive', which does not take them apart."
             )
 
-    def begin(self, removed: Sequence[Removal]) -> None:
-        """Begins a step: forgets what the last removal made wrong."""
-        if removed:
-            self._held.forget(first_block(removed[-1]))
+    def begin(self, off: Collection[Unit]) -> None:
+        """Begins a step in which `off` is gone: forgets what the difference to the last step made wrong."""
+        gone = halves_of(off)
+        changed = gone ^ self._gone
+        if changed:
+            self._held.forget(min(half.block for half in changed))
+        self._gone = gone
 
     def cut(self, size: int) -> None:
         """Says how many windows a batch has from here on; states of other batches are of no use."""

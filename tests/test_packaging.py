@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 REGISTER = "optimum/commands/register/register_blockprune.py"
 SHIPPED = ("optimum_blockprune", "optimum", "setup.cfg", "pyproject.toml", "LICENSE", "README.md")
 LEFTOVERS = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-BUILT_IN = {"angular", "manual", "mi_prun", "random", "shortgpt", "sleb"}
+BUILT_IN = {"angular", "manual", "mi_prun", "random", "search", "shortgpt", "sleb"}
 
 
 def run(*command: str | Path, path: Path | None = None) -> str:

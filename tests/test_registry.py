@@ -52,7 +52,7 @@ def install(tmp_path, monkeypatch) -> Callable[..., None]:
 def test_every_built_in_strategy_is_available() -> None:
     built_in = {entry.name for entry in entry_points(group=GROUP) if entry.dist.name == "optimum-blockprune"}
     width = {"bip", "functional_network", "magnitude"}
-    assert built_in >= {"angular", "manual", "mi_prun", "random", "shortgpt", "sleb", *width}
+    assert built_in >= {"angular", "manual", "mi_prun", "random", "search", "shortgpt", "sleb", *width}
     strategies = available_strategies()
     assert list(strategies) == sorted(strategies)
     for name in built_in:

@@ -43,6 +43,8 @@ LAYERS = (
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
     ("expectation", "teacher", "training"),
+    ("strategies.steps",),
+    ("strategies.greedy",),
     ("compensating",),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
@@ -63,6 +65,7 @@ LAYERS = (
         "strategies.mi_prun",
         "strategies.random_blocks",
         "strategies.similarity",
+        "strategies.search",
         "strategies.sleb",
     ),
     ("depths", "sequence", "source"),

@@ -36,6 +36,10 @@ class NoOptions:
     """The options dataclass of a strategy that has none."""
 
 
+def _always(_removed: Sequence[Removal]) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class SearchContext:
     """All that a strategy may look at.
@@ -76,7 +80,7 @@ class SearchContext:
     objective: str | None = None
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
-    go_on: Callable[[Sequence[Removal]], bool] = lambda removed: True
+    go_on: Callable[[Sequence[Removal]], bool] = _always
     _size: BatchSize = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,11 @@ class SearchContext:
     def row(self) -> Row:
         """The blocks as pieces in a row, halves where these may go."""
         return Row(self.runner.num_blocks, 2 if self.unit == HALF_BLOCK else 1)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether a budget decides after every step if there is another one."""
+        return self.go_on is not _always
 
     def measured(self, key: str, measure: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Sums over the windows, by all processes together; every expensive measurement goes through here.
