@@ -286,7 +286,8 @@ class BlockRunner:
             reached.append(output)
             raise EndOfRun
 
-        with self._exchanged(live, start), self._half_of(live, off), hooks() as hook:
+        # Halves first: finding them runs the whole model.
+        with self._half_of(live, off), self._exchanged(live, start), hooks() as hook:
             if stop is not None:
                 hook(self.stack.blocks[stop].register_forward_hook(finish))
             try:

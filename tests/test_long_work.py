@@ -220,7 +220,7 @@ def test_a_bar_is_closed_after_ctrl_c(bars: Bars) -> None:
 @pytest.fixture
 def log(monkeypatch) -> Iterator[list[str]]:
     """INFO messages of SLEB; Optimum's loggers do not pass their records on to pytest's handler."""
-    logger, messages, handler = logging.getLogger("optimum.blockprune.sleb"), [], logging.Handler()
+    logger, messages, handler = logging.getLogger("optimum.blockprune.greedy"), [], logging.Handler()
     handler.emit = lambda record: messages.append(f"{record.levelname} {record.getMessage()}")
     monkeypatch.setattr(logger, "handlers", [handler])
     logger.setLevel(logging.INFO)

@@ -13,11 +13,11 @@ import torch
 from optimum.utils import logging
 
 from ..errors import ConfigurationError, PlanError
+from ..greedy import Walk, named
 from ..half import Half, Removal, joined_halves, name_of, sorted_halves
 from ..plan import PruningPlan
+from ..steps import RACE, Steps, units_off
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
-from .greedy import Walk, named
-from .steps import RACE, Steps, units_off
 
 
 logger = logging.get_logger("optimum.blockprune.search")

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optimum.utils import logging
-
 from ..errors import ConfigurationError, nearest
+from ..greedy import Walk
 from ..half import Removal
 from ..plan import PruningPlan
+from ..steps import Steps
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
-from .greedy import Walk
-from .steps import Steps
 
-
-logger = logging.get_logger("optimum.blockprune.sleb")
 
 # "prefix" is the earlier name of "exact".
 SEARCHES = ("exact", "race", "naive", "prefix")

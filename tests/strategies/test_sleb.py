@@ -20,7 +20,7 @@ from toys import toy_pruner
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_blockprune import branching
+from optimum_blockprune import branching, steps
 from optimum_blockprune.batches import Batch, CalibrationWindows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
 from optimum_blockprune.losses import prediction_losses, token_nll
@@ -28,7 +28,6 @@ from optimum_blockprune.plan import PruningPlan
 from optimum_blockprune.racing import looks
 from optimum_blockprune.registry import build_options
 from optimum_blockprune.runner import BlockOutput, BlockRunner
-from optimum_blockprune.strategies import sleb
 from optimum_blockprune.strategies.base import SearchContext
 from optimum_blockprune.strategies.sleb import SLEB, SLEBOptions
 
@@ -469,7 +468,7 @@ def test_candidates_without_a_finite_loss_are_passed_over(
     mode: str, windows: CalibrationWindows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(sleb.logger, "warning", said.append)
+    monkeypatch.setattr(steps.logger, "warning", said.append)
     model = tiny_model("llama", 5)
     make_block_2_needed_by_block_3(model)
     plan, _ = search(model, windows, 1, mode)

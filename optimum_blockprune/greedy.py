@@ -8,11 +8,11 @@ from typing import Any
 
 from optimum.utils import logging
 
-from ..half import Removal, name_of
-from ..losses import perplexity_of
-from ..racing import CELL
-from ..teacher import tail_mass
+from .half import Removal, name_of
+from .losses import perplexity_of
+from .racing import CELL
 from .steps import RACE, Steps
+from .teacher import tail_mass
 
 
 logger = logging.get_logger("optimum.blockprune.greedy")

@@ -15,14 +15,14 @@ import torch
 from optimum.utils import logging
 from torch import Tensor
 
-from ..batches import Batch, CalibrationWindows
-from ..branching import Branches, Measured, head_losses
-from ..errors import NonFiniteError
-from ..half import Removal, Unit, blocks_off, name_of, units_of
-from ..losses import predicted
-from ..passes import branches, in_order_of_blocks
-from ..racing import Tally, cells_of, looks, shared_error
-from .base import SearchContext
+from .batches import Batch, CalibrationWindows
+from .branching import Branches, Measured, head_losses
+from .errors import NonFiniteError
+from .half import Removal, Unit, blocks_off, name_of, units_of
+from .losses import predicted
+from .passes import branches, in_order_of_blocks
+from .racing import Tally, cells_of, looks, shared_error
+from .strategies.base import SearchContext
 
 
 logger = logging.get_logger("optimum.blockprune.steps")
