@@ -36,8 +36,12 @@ CHOICES: dict[str, dict[str, Any]] = {
     "shortgpt": {"strategy": "shortgpt"},
     "angular": {"strategy": "angular"},
     "mi_prun": {"strategy": "mi_prun"},
-    "mi_prun-dp": {"strategy": "mi_prun", "strategy_options": {"selection": "dp"}},
+    "mi_prun-dp": {"strategy": "mi_prun", "strategy_options": {"select": "dp", "estimator": "identity_decoder"}},
     "functional_network": {"strategy": "functional_network", "strategy_options": {"unit": "block"}},
+    "search": {"strategy": "search", "strategy_options": {"swaps": 1, "confidence": 0.95}},
+    "runs": {"strategy": "search", "strategy_options": {"compensated": True}},
+    "half-runs": {"strategy": "search", "strategy_options": {"compensated": True}, **_HALF},
+    "search-half": {"strategy": "search", **_HALF, "strategy_options": {"swaps": 1, "confidence": 0.95}},
 }
 
 
@@ -97,10 +101,7 @@ class _Bench:
         ]
         if not wanted:
             return
-        config = BlockPruningConfig(**CHOICES[choice], num_blocks=max(self.args.counts), seed=seed, **self.data)
-        begin = time.perf_counter()
-        plan = self._made(config)
-        seconds = time.perf_counter() - begin
+        plan, seconds = self._chosen(choice, seed)
         for count, compensation in wanted:
             begin = time.perf_counter()
             shorter = plan.truncate(count)
@@ -108,6 +109,21 @@ class _Bench:
                 shorter = self._compensated(shorter, compensation, seed)
             spent = seconds + time.perf_counter() - begin
             self._row(choice, count, compensation, seed, self._measured(shorter), spent, shorter)
+
+    def _chosen(self, choice: str, seed: int) -> tuple[PruningPlan, float]:
+        """The plan for the largest number of blocks and the seconds that it took; a kept one if there is one."""
+        place = Path(self.args.plans or ".") / f"{choice}-{max(self.args.counts)}-{seed}.json"
+        if self.args.plans and place.is_file():
+            kept = json.loads(place.read_text(encoding="utf-8"))
+            return PruningPlan.from_dict(kept["plan"]), kept["seconds"]
+        config = BlockPruningConfig(**CHOICES[choice], num_blocks=max(self.args.counts), seed=seed, **self.data)
+        begin = time.perf_counter()
+        plan = self._made(config)
+        seconds = time.perf_counter() - begin
+        if self.args.plans:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(json.dumps({"plan": plan.to_dict(), "seconds": seconds}), encoding="utf-8")
+        return plan, seconds
 
     def _compensated(self, plan: PruningPlan, compensation: str, seed: int) -> PruningPlan:
         """The same blocks, with maps fitted on the tokens that they were chosen on."""
@@ -201,6 +217,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--plans", metavar="FOLDER", help="keep what was chosen there, and do not choose it again")
     parser.add_argument("--output")
     return parser.parse_args()
 

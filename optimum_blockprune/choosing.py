@@ -97,6 +97,7 @@ def choose(
         unit_scores={} if unit_scores is None else unit_scores,
         unit=recipe.unit or BLOCK,
         objective=recipe.objective or next(iter(strategy.objectives), None),
+        compensation=recipe.compensation,
         team=team,
         ledger=_ledger(stack, recipe, windows, held_out, keep),
     )

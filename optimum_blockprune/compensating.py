@@ -19,7 +19,7 @@ is kept only if the KL divergence between the dense and the pruned model falls o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ logger = logging.get_logger("optimum.blockprune.compensating")
 NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
 _KINDS = {SCALE: (DIAGONAL,), RIDGE: (MATRIX,), AUTO: (DIAGONAL, MATRIX)}
 # Tried at every cut, times the mean diagonal of y'y; our choice.
-STRENGTHS = (1.0, 3.0, 10.0)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # One window in so many judges.
 _JUDGES = 8
 
@@ -129,18 +129,51 @@ def compensated(context: SearchContext, plan: PruningPlan, compensation: str) ->
     return replace(plan, details={**plan.details, "compensation": details})
 
 
+def fitting_part(windows: CalibrationWindows, share: int) -> tuple[CalibrationWindows, CalibrationWindows]:
+    """The windows that maps are fitted on, and those that judge them: one in `share`, at least one."""
+    every = range(windows.num_windows)
+    judges = [row for row in every if row % share == share - 1] or [windows.num_windows - 1]
+    return windows.part([row for row in every if row not in judges]), windows.part(judges)
+
+
+def writer_before(runner: BlockRunner, before: Half, off: Collection[Unit]) -> Writer | None:
+    """What writes to the stream in front of a cut.
+
+    Args:
+        runner: Runs the dense model.
+        before: The last kept half in front of the cut.
+        off: What is gone; the block is looked at as far as it is left.
+    """
+    number, block = before.block, runner.stack.blocks[before.block]
+    args, kwargs = runner.arguments_of(number)
+    part = single_halves(off).get(number)
+    hidden = incoming_hidden(args, kwargs)
+
+    def run() -> Tensor:
+        # Blocks may write into what they are given.
+        given = hidden.clone()
+        taken, named = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+        if part is None:
+            return hidden_of(block(*taken, **named))
+        with half_off(block, runner.halves.of(number), part):
+            return hidden_of(block(*taken, **named))
+
+    return find_writer(block, run)
+
+
+def widest(writer: Writer, compensation: str) -> str:
+    """The widest map that a writer takes and that was asked for."""
+    return MATRIX if writer.kind == MATRIX and MATRIX in _KINDS[compensation] else DIAGONAL
+
+
 class _Compensation:
     def __init__(self, context: SearchContext, plan: PruningPlan, kinds: Sequence[str]) -> None:
         self.context, self.runner, self._plan, self.kinds = context, context.runner, plan, kinds
         self.off: list[Unit] = list(plan.removed_units)
-        windows = context.require_windows()
-        every = range(windows.num_windows)
-        judges = [row for row in every if row % _JUDGES == _JUDGES - 1] or [windows.num_windows - 1]
-        self.fitted = windows.part([row for row in every if row not in judges])
-        self.judges = with_teacher(self.runner, windows.part(judges), context.batch_size)
+        self.fitted, judges = fitting_part(context.require_windows(), _JUDGES)
+        self.judges = with_teacher(self.runner, judges, context.batch_size)
         self.entries: list[Fold] = []
         self.tensors: dict[str, Tensor] = {}
-        self._arguments: tuple[int, Any] | None = None
 
     def plan(self) -> PruningPlan:
         points = cut_points(self._plan)
@@ -166,8 +199,7 @@ class _Compensation:
 
     def _step(self, number: int, point: CutPoint, reached: float) -> dict[str, Any]:
         """Fits and judges the maps of one cut; keeps the best if it is better than none."""
-        block = self.runner.stack.blocks[point.before.block]
-        writer = find_writer(block, partial(self._run_block, point.before))
+        writer = writer_before(self.runner, point.before, self.off)
         if writer is None:
             logger.info(f"No weight in front of the cut behind {point.before} can take a map; left as it is.")
             return {"kind": "none", "reason": "no module writes to the stream alone"}
@@ -188,20 +220,6 @@ class _Compensation:
         self.entries.append(fold)
         self.tensors[name] = tensor
         return {"kind": kind, "module": writer.module, "strength": strength, "kl": losses[best], "tried": losses}
-
-    def _run_block(self, before: Half) -> Tensor:
-        """The block in front of a cut on made-up tokens, as far as it is left."""
-        number = before.block
-        block, off = self.runner.stack.blocks[number], single_halves(self.off).get(number)
-        if self._arguments is None or self._arguments[0] != number:
-            self._arguments = (number, self.runner.arguments_of(number))
-        args, kwargs = self._arguments[1]
-        given = incoming_hidden(args, kwargs).clone()
-        args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
-        if off is None:
-            return hidden_of(block(*args, **kwargs))
-        with half_off(block, self.runner.halves.of(number), off):
-            return hidden_of(block(*args, **kwargs))
 
     def _sums(self, point: CutPoint, writer: Writer, size: int) -> dict[str, Tensor]:
         """y'y and y'(z - x - y) over this process's tokens, in fp64."""

@@ -46,6 +46,7 @@ LAYERS = (
     ("steps",),
     ("greedy",),
     ("compensating",),
+    ("run_costs",),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),
     ("block_parts", "width_task"),
@@ -104,7 +105,7 @@ LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report
 LIGHT += ("folds", "healing_spec")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
-CHOOSERS = ("asked", "budgets", "compensating", "choosing", "greedy", "steps", "width_task")
+CHOOSERS = ("asked", "budgets", "compensating", "choosing", "greedy", "run_costs", "steps", "width_task")
 MAX_FILE, MAX_FUNCTION = 350, 60
 
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -59,6 +59,7 @@ class SearchContext:
         unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
         objective: What the loss on the windows is: `"nll"`, or `"kl"` where they have a teacher; `None` where the
             strategy has no objectives.
+        compensation: What will be fitted in front of the cuts of the plan: `"none"`, `"scale"`, `"ridge"` or `"auto"`.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
         go_on: Whether to take another step after `removed`. A greedy search asks after each step; where the answer is
@@ -78,6 +79,7 @@ class SearchContext:
     unit_scores: dict[Place, list[float]] = field(default_factory=dict)
     unit: str = BLOCK
     objective: str | None = None
+    compensation: str = "none"
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
     go_on: Callable[[Sequence[Removal]], bool] = _always

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy removal, then local search by exchanges: our composition of published parts."""
+"""Greedy removal and exchanges or, where maps make up for what goes, the best runs: our composition of known parts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from optimum.utils import logging
 
 from ..errors import ConfigurationError, PlanError
 from ..greedy import Walk, named
-from ..half import Half, Removal, joined_halves, name_of, sorted_halves
+from ..half import Half, Removal, joined_halves, name_of, names_of, sorted_halves
 from ..plan import PruningPlan
+from ..run_costs import run_costs
 from ..steps import RACE, Steps, units_off
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
+from .selection import best_disjoint_runs
 
 
 logger = logging.get_logger("optimum.blockprune.search")
@@ -34,16 +36,21 @@ class SearchOptions:
             one in its place is better; the search ends early with a sweep that finds none.
         time_budget: Seconds after which no further step begins once there is a result (the walk always ends); `None`
             for no limit. What is found by then depends on the machine, and so does the plan.
+        compensated: Whether to choose what costs least with maps in front of the gaps (`compensation="ridge"` or as
+            asked for); `None` for where compensation is asked for. The other options are then of no use.
         confidence: That a step does not drop its best candidate before all windows were seen; see `racing`.
     """
 
     swaps: int = 2
     time_budget: float | None = None
+    compensated: bool | None = None
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
         if isinstance(self.swaps, bool) or not isinstance(self.swaps, int) or self.swaps < 0:
             raise ConfigurationError(f"swaps={self.swaps!r} must be a whole number from 0 on.")
+        if self.compensated not in (None, True, False):
+            raise ConfigurationError(f"compensated={self.compensated!r} must be true, false or left out.")
         limit = self.time_budget
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
             raise ConfigurationError(f"time_budget={limit!r} must be a number of seconds above 0.")
@@ -55,7 +62,9 @@ class SearchOptions:
 
 
 class Search(PruningStrategy):
-    """A greedy walk as SLEB's, then exchanges of one removal for another, as long as they help (our composition).
+    """What costs least by the divergence from the dense model (our composition).
+
+    Without compensation, a greedy walk as SLEB's, then exchanges of one removal for another, as long as they help:
 
     1. The walk: at each step the removal with the smallest loss, as a race (see `SLEB`).
     2. Sweeps: each removal is taken back in turn, in an order that the seed decides, and all candidates are measured
@@ -67,6 +76,11 @@ class Search(PruningStrategy):
 
     Cost: a sweep has as many steps as there are removals, each like a step of SLEB. With a budget of quality or of
     speed (`max_kl`, ...) the walk ends where the budget does, and no exchange follows.
+
+    With compensation, or `compensated`, the cost of every run with its map (see `run_costs`), and the set of runs
+    with the smallest sum of costs, exactly (see `best_disjoint_runs`). Greedy removal is no guide there: a map makes
+    up for a whole run nearly as well as for one block of it, so that few long gaps are worth more than many short
+    ones. The loss is then the KL divergence, whatever the objective. Cost: see `run_costs`; there are no steps.
     """
 
     name: ClassVar[str] = "search"
@@ -78,7 +92,16 @@ class Search(PruningStrategy):
     protect_last: ClassVar[int] = 1
 
     def select(self, context: SearchContext) -> PruningPlan:
-        """See the class. Raises `NonFiniteError` when the dense model has no finite loss."""
+        """See the class.
+
+        Raises:
+            NonFiniteError: The dense model has no finite loss.
+            ConfigurationError: No choice has a finite cost.
+        """
+        compensation = context.compensation
+        compensated = context.options.compensated
+        if compensation != "none" if compensated is None else compensated:
+            return _best_runs(context, "ridge" if compensation == "none" else compensation)
         end = None if context.options.time_budget is None else time.monotonic() + context.options.time_budget
         walk = Walk(Steps(context, RACE, context.options.confidence, _key), "Search")
         walk.go()
@@ -95,6 +118,32 @@ class Search(PruningStrategy):
             nested=not exchanges.accepted,
             smaller=smaller,
         )
+
+
+def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
+    """The runs whose costs with maps have the smallest sum, for every number of blocks."""
+    row, costs = context.row, run_costs(context, compensation)
+    found = best_disjoint_runs(
+        lambda start, length: -costs[start, length // row.per_block],
+        removable=row.free(context.removable),
+        num_remove=context.num_remove,
+        step=row.per_block,
+    )
+    chosen = {count: row.removals(selection.order) for count, selection in found.items()}
+    best = found[context.num_remove]
+    runs = [
+        {"run": names_of(row.removals(run.blocks)), "kl": -score}
+        for run, score in zip(best.runs, best.scores, strict=True)
+    ]
+    logger.info(f"{len(runs)} runs; their divergences with maps add up to {-sum(best.scores):.4f} nats per token.")
+    return context.plan(
+        chosen.pop(context.num_remove),
+        scores={row.removals(range(at, at + row.per_block))[0]: cost for (at, n), cost in costs.items() if n == 1},
+        steps=runs,
+        details={"chosen_with": compensation, "additive_kl": -sum(best.scores), "runs_measured": len(costs)},
+        nested=False,
+        smaller=chosen,
+    )
 
 
 class _Exchanges:
