@@ -26,6 +26,7 @@ from .errors import ConfigurationError, OutputError, nearest
 from .hub import check_repo_id, push_file
 from .json_values import json_fault
 from .plan import PruningPlan
+from .presets import spelt_out
 from .recipe import BUDGET_FIELDS, Recipe
 from .registry import build_options, get_strategy
 
@@ -48,6 +49,8 @@ class BlockPruningConfig(BaseConfig):
     `target_params`, `target_size_gb`, `max_ppl_increase`, `max_kl`, `target_speedup`) may be given; without one, a
     fifth of the blocks goes. Everything is checked on construction, and again where `recipe` is read, since attributes
     of a configuration can be set.
+
+    `strategy="auto"` stands for what `benchmarks/quality.py` shows to keep most: see `presets`.
 
     Raises:
         ConfigurationError: A field is unknown or has an impossible value, or the strategy has no such option.
@@ -93,7 +96,7 @@ class BlockPruningConfig(BaseConfig):
         # The base class drops unknown names that mean something in text generation, such as `top_k`, and keeps others.
         _refuse_unknown(unknown)
         super().__init__()
-        for name, value in given.items():
+        for name, value in spelt_out(given).items():
             setattr(self, name, value)
         self.strategy_options = _checked_options(self.recipe)
 

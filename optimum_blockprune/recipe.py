@@ -42,7 +42,7 @@ class Recipe:
 
     strategy: str = field(
         default="sleb",
-        metadata={"help": "Name of the strategy that chooses the blocks; `strategies` lists the installed ones."},
+        metadata={"help": "Chooses the blocks: `auto` (search, ridge compensation) or one that `strategies` lists."},
     )
     sparsity: float | None = field(
         default=None,

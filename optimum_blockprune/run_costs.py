@@ -7,14 +7,14 @@ with y what is written to the stream s in front of the gap, T is the minimum ove
     |y (T - I) - (s_end - s_start)|^2 / |s_start|^2  +  a |T - I|^2
 
 The other windows judge: the KL divergence from the dense model of the model without that run alone, with T in its
-weights. All of it is our choice; so is what it is for: such costs nearly add up over runs that are no neighbours, so that the
-best set of runs is a matter of dynamic programming. Those of removals without maps add up far less well.
+weights. All of it is our choice; so is what it is for: such costs nearly add up over runs that are no neighbours, so
+that the best set of runs is a matter of dynamic programming. Those of removals without maps add up far less well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +44,7 @@ _MAX_BYTES = 2**30
 
 # A run: its first piece and the number of blocks that it is worth.
 Costs = dict[tuple[int, int], float]
+Maps = dict[tuple[int, int], Tensor]
 
 
 def run_costs(context: SearchContext, compensation: str) -> Costs:
@@ -124,7 +125,7 @@ class _RunCosts:
 
     def _judged(self, group: Sequence[_Start], update: Callable[[float], object]) -> Tensor:
         """Nats per token [starts, counts] on the windows that judge."""
-        maps: dict[tuple[int, int], Tensor] = {}
+        maps: Maps = {}
 
         def measure(size: int) -> dict[str, Tensor]:
             # Only here: what was measured before needs no maps.
@@ -136,7 +137,7 @@ class _RunCosts:
         tokens = sum(int(predicted(batch).sum()) for batch in self.judges.batches(self.judges.num_windows))
         return found / tokens
 
-    def _maps(self, group: Sequence[_Start]) -> dict[tuple[int, int], Tensor]:
+    def _maps(self, group: Sequence[_Start]) -> Maps:
         """T of every run that begins in the group, by its first piece and its number of blocks."""
         able = [start for start in group if start.writer is not None]
         if not able:
@@ -173,7 +174,7 @@ class _RunCosts:
     def _losses(
         self,
         group: Sequence[_Start],
-        maps: Mapping[tuple[int, int], Tensor],
+        maps: Maps,
         size: int,
         update: Callable[[float], object],
     ) -> Tensor:
@@ -200,7 +201,7 @@ class _RunCosts:
             return state
         return self.runner.run_to(batch, stop, (), state)
 
-    def _prepared(self, start: _Start, count: int, maps: Mapping[tuple[int, int], Tensor]) -> Prepared:
+    def _prepared(self, start: _Start, count: int, maps: Maps) -> Prepared:
         tensor = maps.get((start.piece, count))
         if tensor is None:
             return Prepared(self.runner.stack.blocks, [], {})

@@ -26,7 +26,19 @@ LAYERS = (
     ("batches", "cuts", "environment", "harness", "kinds", "plan", "recipe", "registry", "repetition", "report")
     + ("failures", "request_tasks", "runtimes", "saving", "stand_ins", "table", "text", "weight_files", "racing")
     + ("copying", "interrupts", "ledger", "memory", "offload", "team"),
-    ("card_text", "flags", "hub", "losses", "model_rows", "names", "narrowing", "picture_style", "rules", "tensors")
+    (
+        "card_text",
+        "flags",
+        "hub",
+        "losses",
+        "model_rows",
+        "names",
+        "narrowing",
+        "picture_style",
+        "presets",
+        "rules",
+        "tensors",
+    )
     + ("folding", "processes", "resuming"),
     ("weight_writing",),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")

@@ -96,11 +96,17 @@ class Search(PruningStrategy):
 
         Raises:
             NonFiniteError: The dense model has no finite loss.
-            ConfigurationError: No choice has a finite cost.
+            ConfigurationError: The objective is "nll" where maps are fitted, which are judged by the divergence; or no
+                choice has a finite cost.
         """
         compensation = context.compensation
         compensated = context.options.compensated
         if compensation != "none" if compensated is None else compensated:
+            if context.objective != "kl":
+                raise ConfigurationError(
+                    f"objective={context.objective!r} is not what search measures with compensation, which is the "
+                    "divergence from the dense model: leave it out, or set strategy option compensated=false."
+                )
             return _best_runs(context, "ridge" if compensation == "none" else compensation)
         end = None if context.options.time_budget is None else time.monotonic() + context.options.time_budget
         walk = Walk(Steps(context, RACE, context.options.confidence, _key), "Search")

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that stand for several fields of a recipe. A configuration keeps the fields, not the name.
+
+What `auto` means may change with evidence (see `benchmarks/quality.py`); a saved configuration does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .budget_rules import QUALITY_BUDGETS
+from .recipe import Recipe
+
+
+AUTO = "auto"
+
+
+def spelt_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with what `strategy="auto"` stands for.
+
+    That is `search`, and ridge compensation where none is named. Budgets of quality (`max_kl`, `max_ppl_increase`) are
+    measured without compensation: there it is `search` alone.
+
+    Args:
+        values: Fields of a recipe by name.
+    """
+    if values.get("strategy") != AUTO:
+        return dict(values)
+    asked = values.get("compensation", Recipe.compensation)
+    judged = any(values.get(budget) is not None for budget in QUALITY_BUDGETS)
+    compensation = "ridge" if asked == Recipe.compensation and not judged else asked
+    return {**values, "strategy": "search", "compensation": compensation}

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`strategy="auto"` is spelt out where a configuration is made, so that what is saved says what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimum_blockprune import BlockPruningConfig
+from optimum_blockprune.presets import spelt_out
+
+
+@pytest.mark.parametrize(
+    ("fields", "compensation"),
+    [
+        ({"num_blocks": 2}, "ridge"),
+        ({"sparsity": 0.2, "compensation": "scale"}, "scale"),
+        ({"target_speedup": 1.2}, "ridge"),
+        ({"max_kl": 0.3}, "none"),
+        ({"max_ppl_increase": 0.1}, "none"),
+    ],
+)
+def test_auto_is_search_with_what_the_budget_allows(fields: dict[str, Any], compensation: str) -> None:
+    config = BlockPruningConfig("auto", dataset="wikitext2", **fields)
+    assert (config.strategy, config.compensation) == ("search", compensation)
+    assert config == BlockPruningConfig("search", dataset="wikitext2", **{**fields, "compensation": compensation})
+
+
+def test_other_strategies_are_left_alone() -> None:
+    assert spelt_out({"strategy": "sleb", "seed": 3}) == {"strategy": "sleb", "seed": 3}
+    assert BlockPruningConfig("sleb").compensation == "none"
+
+
+def test_options_of_auto_are_those_of_search() -> None:
+    assert BlockPruningConfig("auto", strategy_options={"swaps": "0"}).strategy_options == {"swaps": 0}
+
+
+def test_what_is_saved_is_spelt_out(tmp_path: Path) -> None:
+    BlockPruningConfig("auto", num_blocks=3).save_pretrained(tmp_path)
+    saved = BlockPruningConfig.from_pretrained(tmp_path)
+    assert (saved.strategy, saved.compensation, saved.num_blocks) == ("search", "ridge", 3)
+    assert BlockPruningConfig.from_pretrained(tmp_path, strategy="auto", compensation="scale").compensation == "scale"

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs cost with maps in front of the gap, and the choice that the smallest sum of them makes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import block_list, random_ids, tiny_model
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from optimum_blockprune import BlockPruner, BlockPruningConfig, run_costs
+from optimum_blockprune.batches import CalibrationWindows
+from optimum_blockprune.compensating import fitting_part
+from optimum_blockprune.errors import ConfigurationError, NonFiniteError
+from optimum_blockprune.folding import Prepared
+from optimum_blockprune.folds import Fold
+from optimum_blockprune.half import Half
+from optimum_blockprune.runner import BlockRunner
+from optimum_blockprune.strategies.base import SearchContext
+from optimum_blockprune.strategies.search import Search, SearchOptions
+from optimum_blockprune.teacher import with_teacher
+
+
+WRITERS = {
+    "llama": {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"},
+    "gpt2": {"attention": "attn.c_proj", "mlp": "mlp.c_proj"},
+}
+
+
+def context_for(model: PreTrainedModel, count: int, **changes: Any) -> SearchContext:
+    """A context in which all but the first and the last block may go."""
+    context = SearchContext(
+        runner=BlockRunner(model),
+        windows=CalibrationWindows.from_tokens(random_ids(8, 16), source="made up"),
+        options=SearchOptions(),
+        num_remove=count,
+        removable=tuple(range(1, model.config.num_hidden_layers - 1)),
+        batch_size=2,
+        seed=0,
+        progress=lambda total, desc: tqdm(total=total, desc=desc, disable=True),
+        provenance={"model_type": model.config.model_type, "strategy": "search"},
+        objective="kl",
+        compensation="ridge",
+    )
+    return replace(context, **changes)
+
+
+def wide(family: str, blocks: int = 6, seed: int = 0) -> PreTrainedModel:
+    """A model whose blocks do far more to the stream than those of a fresh one."""
+    torch.manual_seed(seed)
+    model = tiny_model(family, blocks)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and ("proj" in name or "c_fc" in name):
+                parameter.mul_(6.0)
+    return model
+
+
+def streams(runner: BlockRunner, windows: CalibrationWindows, per_block: int) -> list[Tensor]:
+    """The stream [tokens, d] at every boundary, fp64, without the first token of each window."""
+    seen: dict[int, list[Tensor]] = {}
+    for batch in windows.batches(1):
+        runner.stream(
+            batch, lambda at, hidden: seen.setdefault(at, []).append(hidden[0, 1:].double()), per_block=per_block
+        )
+    return [torch.cat(seen[at]) for at in sorted(seen)]
+
+
+def cost_by_hand(context: SearchContext, family: str, first: int, count: int) -> float:
+    """By ordinary least squares on rows that hold the shrinkage, and the loss of the whole model."""
+    runner, per_block = context.runner, context.row.per_block
+    fitted, judges = fitting_part(context.windows, run_costs.JUDGES)
+    states = streams(runner, fitted, 2)
+    begin, end = 2 * first // per_block, 2 * first // per_block + 2 * count
+    added = states[begin] - states[begin - 1]
+    weights = 1 / states[begin].norm(dim=1, keepdim=True)
+    added, missing = added * weights, (states[end] - states[begin]) * weights
+    width = added.shape[1]
+    shrinkage = run_costs.STRENGTH * (added.T @ added).diagonal().mean()
+    rows = torch.cat([added, shrinkage.sqrt() * torch.eye(width, dtype=torch.float64)])
+    wanted = torch.cat([missing, torch.zeros(width, width, dtype=torch.float64)])
+    change = torch.linalg.lstsq(rows, wanted).solution
+    half = Half((begin - 1) // 2, ("attention", "mlp")[(begin - 1) % 2])
+    fold = Fold(half.block, WRITERS[family][half.part], "matrix", int(family == "gpt2"), 0.0, "map")
+    tensor = (torch.eye(width, dtype=torch.float64) + change).float()
+    gone = [Half(piece // 2, ("attention", "mlp")[piece % 2]) for piece in range(begin, end)]
+    judges, total, tokens = with_teacher(runner, judges, 2), 0.0, 0
+    with Prepared(runner.stack.blocks, [fold], {"map": tensor}).on():
+        for batch in judges.batches(2):
+            loss, predictions = runner.nll(batch, gone)
+            total, tokens = total + loss.item(), tokens + predictions
+    return total / tokens
+
+
+@pytest.mark.parametrize("unit", ["block", "half_block"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_costs_are_those_of_the_model_with_the_map_in_it(family: str, unit: str) -> None:
+    context = context_for(wide(family), 3, unit=unit)
+    costs = run_costs.run_costs(context, "ridge")
+    row = context.row
+    assert set(costs) == {(start, count) for count in (1, 2, 3) for start in row.starts(context.removable, count)}
+    tried = [(row.per_block, 1), (row.per_block * 2, 2), (row.per_block + 1, 3 if unit == "half_block" else 2)]
+    for first, count in tried:
+        assert costs[first, count] == pytest.approx(cost_by_hand(context, family, first, count), rel=2e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["block", "half_block"])
+def test_little_memory_costs_passes_not_figures(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = context_for(wide("llama"), 2, unit=unit)
+    together = run_costs.run_costs(context, "ridge")
+    monkeypatch.setattr(run_costs, "_MAX_BYTES", 1)
+    assert run_costs.run_costs(context, "ridge") == together
+
+
+def test_maps_make_runs_cheaper() -> None:
+    """On the windows that judge, which no map has seen; blocks that do the same linear thing can be made up for."""
+    model = wide("llama", 8)
+    with torch.no_grad():
+        for block in block_list(model)[2:6]:
+            block.mlp.down_proj.weight.copy_(block_list(model)[2].mlp.down_proj.weight)
+    windows = CalibrationWindows.from_tokens(random_ids(64, 32), source="made up")
+    context = context_for(model, 2, windows=windows)
+    costs, plain = (run_costs.run_costs(context, kind) for kind in ("ridge", "scale"))
+    assert sum(costs.values()) < sum(plain.values())
+
+
+@pytest.mark.parametrize("unit", ["block", "half_block"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_the_choice_has_the_smallest_sum_of_all(family: str, unit: str) -> None:
+    context = context_for(wide(family, 6), 2, unit=unit)
+    plan, costs, row = Search().select(context), run_costs.run_costs(context, "ridge"), context.row
+    free, best = row.free(context.removable), None
+    ends = {run: run[0] + run[1] * row.per_block for run in costs}
+    sets = [[run] for run in costs if run[1] == 2]
+    singles = [run for run in costs if run[1] == 1]
+    # Neighbours are one run, which is scored as one.
+    sets += [[one, two] for one, two in combinations(singles, 2) if ends[one] < two[0]]
+    best = min(sum(costs[run] for run in each) for each in sets)
+    assert plan.details["additive_kl"] == pytest.approx(best, rel=1e-9)
+    assert plan.num_removed == 2 and len(free) == 4 * row.per_block
+    assert plan.truncate(1).num_removed == 1 and plan.details["runs_measured"] == len(costs)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "falcon"])
+def test_blocks_without_halves_can_be_chosen(family: str) -> None:
+    plan = Search().select(context_for(wide(family, 6), 2))
+    assert len(plan.removed_blocks) == 2 and plan.details["additive_kl"] > 0
+
+
+def test_the_first_block_has_nothing_in_front_of_it() -> None:
+    context = context_for(wide("llama"), 1, removable=(0, 1, 2))
+    costs = run_costs.run_costs(context, "ridge")
+    judges = with_teacher(context.runner, fitting_part(context.windows, run_costs.JUDGES)[1], 2)
+    losses = [context.runner.nll(batch, [0]) for batch in judges.batches(2)]
+    plain = sum(loss.item() for loss, _ in losses) / sum(count for _, count in losses)
+    assert costs[0, 1] == pytest.approx(plain, rel=1e-5)
+
+
+def config(**fields: Any) -> BlockPruningConfig:
+    rows = [{"input_ids": row} for row in random_ids(8, 16).tolist()]
+    return BlockPruningConfig(**{"dataset": rows, "num_samples": 8, "seqlen": 16, "num_blocks": 2, **fields})
+
+
+def test_auto_chooses_and_compensates(tmp_path: Path) -> None:
+    pruner = BlockPruner(wide("llama"), config(strategy="auto"))
+    plan = pruner.make_plan()
+    assert plan.details["chosen_with"] == "ridge" and plan.details["compensation"]["asked"] == "ridge"
+    pruner.prune(save_dir=tmp_path / "pruned")
+    assert pruner.model.config.num_hidden_layers == 4
+
+
+def test_a_search_that_was_kept_is_read_back(tmp_path: Path) -> None:
+    plans = [BlockPruner(wide("llama"), config(strategy="auto")).make_plan()]
+    pruner = BlockPruner(wide("llama"), config(strategy="auto"))
+    plans.append(pruner.make_plan(resume_dir=tmp_path / "kept"))
+    assert json.dumps(plans[0].to_dict()) == json.dumps(plans[1].to_dict())
+
+
+def test_without_compensation_it_can_be_chosen_for() -> None:
+    plan = BlockPruner(wide("llama"), config(strategy="search", strategy_options={"compensated": True})).make_plan()
+    greedy = BlockPruner(wide("llama"), config(strategy="search")).make_plan()
+    assert plan.details["chosen_with"] == "ridge" and "compensation" not in plan.details
+    assert "chosen_with" not in greedy.details and greedy.details["greedy_loss"] > 0
+
+
+def test_another_objective_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="objective='nll'"):
+        BlockPruner(wide("llama"), config(strategy="auto", objective="nll")).make_plan()
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    model = wide("llama")
+    with torch.no_grad():
+        block_list(model)[2].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        run_costs.run_costs(context_for(model, 2), "ridge")
