@@ -36,8 +36,8 @@ from .teacher import with_teacher
 from .writers import Writer
 
 
-# One window in so many judges.
-JUDGES = 4
+# One window in so many judges; fewer where that is more than so many tokens.
+JUDGES, ENOUGH_TOKENS = 4, 1024
 STRENGTH = 1.0
 # What the sums of the starts that one pass serves may take.
 _MAX_BYTES = 2**30
@@ -50,8 +50,8 @@ Maps = dict[tuple[int, int], Tensor]
 def run_costs(context: SearchContext, compensation: str) -> Costs:
     """The KL divergence, nats per token, of the model without each run alone, with its map; see the module docstring.
 
-    Costs one pass of the dense model over three of four windows (more where the sums of all starts together exceed
-    1 GiB), and per run and other window the blocks behind its start.
+    Costs one pass of the dense model over most windows (more where the sums of all starts together exceed 1 GiB), and,
+    per run, the blocks behind its start on the others: a quarter of the windows, or 1,024 tokens if that is less.
 
     Args:
         context: Of the search; runs hold up to `num_remove` blocks, and removable ones only.
@@ -84,7 +84,8 @@ class _RunCosts:
     def __init__(self, context: SearchContext, compensation: str) -> None:
         self.context, self.runner, self.row = context, context.runner, context.row
         self.compensation = compensation
-        self.fitted, judges = fitting_part(context.require_windows(), JUDGES)
+        windows = context.require_windows()
+        self.fitted, judges = fitting_part(windows, max(JUDGES, windows.num_tokens // ENOUGH_TOKENS))
         self.judges = with_teacher(self.runner, judges, context.batch_size)
         self.starts = [self._start(piece, counts) for piece, counts in self._counts().items()]
 
