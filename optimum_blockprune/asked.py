@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from .architectures import Layout
 from .blocks import BlockStack, find_blocks
-from .budget_rules import OPEN_BUDGETS
+from .budget_rules import OPEN_BUDGETS, QUALITY_BUDGETS
+from .completions import TASK
 from .errors import ConfigurationError, UnsupportedModelError
 from .plan import PruningPlan
 from .recipe import Recipe
@@ -38,7 +39,7 @@ def asked_for(
     recipe: Recipe, strategy: PruningStrategy, options: Any, stack: BlockStack
 ) -> tuple[WidthTask | None, tuple[int, ...], int]:
     """The task of a strategy of width; else the blocks that may go, and how many have to. Tried on the model."""
-    _check_objective(recipe, strategy)
+    _check_objective(recipe, strategy, stack.layout)
     if strategy.unit_of(options) == "width":
         _refuse_budget(recipe, stack)
         if recipe.compensation != "none":
@@ -83,7 +84,18 @@ def _refuse_budget(recipe: Recipe, stack: BlockStack) -> None:
     )
 
 
-def _check_objective(recipe: Recipe, strategy: PruningStrategy) -> None:
+def _check_objective(recipe: Recipe, strategy: PruningStrategy, layout: Layout) -> None:
+    if recipe.objective == TASK:
+        if not layout.kind.is_text_decoder:
+            raise UnsupportedModelError(
+                f"{layout.subject} does not continue text, so that there is no likelihood of a completion: "
+                "objective='task' is for decoders of text. Leave it out."
+            )
+        if recipe.budget in QUALITY_BUDGETS and recipe.held_out_dataset is None:
+            raise ConfigurationError(
+                f"{recipe.budget} is measured on running text, which rows of prompts and completions are not: give "
+                "held_out_dataset=... (--held-out-dataset PATH)."
+            )
     if recipe.objective is None or recipe.objective in strategy.objectives:
         return
     known = " or ".join(map(repr, strategy.objectives))

@@ -54,8 +54,8 @@ class Batch:
         input_ids: Long tensor `[B, S]`: the tokens; of an encoder-decoder, those of the decoder.
         attention_mask: Bool tensor `[B, S]`, `True` on real tokens; `None` when there is no padding.
         extra: Further inputs of the model by name, such as `pixel_values`, or what an encoder reads.
-        labels: Long tensor `[B, S]` with the tokens to predict at their own positions, -100 elsewhere; `None` where
-            each token predicts the next one.
+        labels: Long tensor `[B, S]` with the token that each position predicts: its own where it is masked, of
+            completions the next one, -100 where none; `None` where each token predicts the next one.
         teacher: What the dense model says there; where given, the loss is the divergence from it (see `losses`).
     """
 

@@ -110,7 +110,7 @@ def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec:
     Raises:
         CalibrationError: When the data set is missing, unreadable, not text, or too short.
     """
-    seqlen = _clipped_seqlen(spec)
+    seqlen = clipped_seqlen(spec)
     source, rows = open_rows(dataset, spec.split)
     first = next(iterate(rows, source), None)
     if first is None:
@@ -119,7 +119,7 @@ def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec:
         chosen = _model_rows(rows, source, spec)
         return windows_from_rows(chosen, spec.inputs, source=source, seqlen=seqlen)
     if isinstance(first, Mapping) and "input_ids" in first and spec.text_field is None:
-        ids, mask = _pad(_tokenised_rows(rows, source, spec, seqlen))
+        ids, mask = padded(_tokenised_rows(rows, source, spec, seqlen))
         return CalibrationWindows.from_tokens(ids, mask, source=source)
     if tokenizer is None:
         raise CalibrationError(f"{source} holds text, which needs a tokenizer: give tokenizer=... .")
@@ -127,7 +127,8 @@ def build_windows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec:
     return CalibrationWindows.from_tokens(ids, source=source, recipe=spec.recipe)
 
 
-def _clipped_seqlen(spec: WindowSpec) -> int:
+def clipped_seqlen(spec: WindowSpec) -> int:
+    """Tokens per window: no more than the model takes."""
     if spec.max_length is None or spec.seqlen <= spec.max_length:
         return spec.seqlen
     logger.info("seqlen=%d is clipped to the model's limit of %d tokens.", spec.seqlen, spec.max_length)
@@ -137,7 +138,7 @@ def _clipped_seqlen(spec: WindowSpec) -> int:
 def _model_rows(rows: Any, source: str, spec: WindowSpec) -> list[Any]:
     """Chosen rows; of a stream its first ones, or those that come next."""
     if hasattr(rows, "__len__"):
-        return [rows[index] for index in _choose(len(rows), spec, source)]
+        return [rows[index] for index in chosen_rows(len(rows), spec, source)]
     first = 0 if spec.beside is None else spec.num_samples
     chosen = list(islice(iterate(rows, source), first, spec.needed))
     if len(chosen) < (spec.beside or 0):
@@ -145,7 +146,7 @@ def _model_rows(rows: Any, source: str, spec: WindowSpec) -> list[Any]:
     return chosen
 
 
-def _choose(total: int, spec: WindowSpec, source: str) -> list[int]:
+def chosen_rows(total: int, spec: WindowSpec, source: str) -> list[int]:
     """Indices below `total`, ascending; all of them when as many are wanted, or more."""
     count = total if spec.num_samples is None else min(spec.num_samples, total)
     generator = torch.Generator().manual_seed(spec.seed)
@@ -186,7 +187,7 @@ def _text_windows(
     if spec.recipe == "sleb":
         logger.info("Recipe 'sleb' made %d windows of %s rows.", len(windows), spec.num_samples or "all")
         return windows
-    return windows[_choose(len(windows), spec, source)]
+    return windows[chosen_rows(len(windows), spec, source)]
 
 
 def _token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> Tensor:
@@ -226,7 +227,7 @@ def _tokenised_rows(rows: Any, source: str, spec: WindowSpec, seqlen: int) -> li
             f"{source} is too short: {len(rows)} tokenised examples found, {spec.num_samples} needed. Lower"
             f" num_samples (--num-samples) to {len(rows)} or fewer, or give more examples."
         )
-    pairs = [(index, *_read_tokens(rows[index], index)) for index in _choose(len(rows), spec, source)]
+    pairs = [(index, *_read_tokens(rows[index], index)) for index in chosen_rows(len(rows), spec, source)]
     longer = sum(len(ids) > seqlen for _, ids, _ in pairs)
     if longer:
         logger.info("%d of %d tokenised examples are cut to their first %d tokens.", longer, len(pairs), seqlen)
@@ -273,7 +274,8 @@ def _cut_row(ids: Tensor, mask: Tensor, index: int, seqlen: int) -> tuple[Tensor
     return ids, mask
 
 
-def _pad(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def padded(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Tokens and masks of rows of any length, `[n, S]` each, padded on the right to the longest."""
     ids = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([real for _, real in rows], batch_first=True)
     return ids, mask

@@ -20,6 +20,7 @@ from .budget_rules import QUALITY_BUDGETS
 from .budgets import plan_within
 from .calibration import WindowSpec, build_windows
 from .compensating import NONE, check_compensation, compensated
+from .completions import TASK, completion_windows
 from .environment import versions
 from .errors import CalibrationError, PlanError
 from .fingerprints import run_fingerprint
@@ -230,12 +231,16 @@ def held_out(
 
 
 def windows_for(
-    stack: BlockStack, dataset: Any, tokenizer: PreTrainedTokenizerBase | None, spec: WindowSpec
+    stack: BlockStack,
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    spec: WindowSpec,
+    build: Callable[..., CalibrationWindows] = build_windows,
 ) -> CalibrationWindows:
     """Cuts windows that the model can read: no longer than its positions, no token outside its vocabulary."""
     inputs = row_inputs(stack.model, stack.layout)
     spec = WindowSpec(**{**vars(spec), "inputs": inputs, "max_length": positions_of(stack.layout)})
-    windows = build_windows(dataset, tokenizer, spec)
+    windows = build(dataset, tokenizer, spec)
     vocabulary = vocabulary_of(stack.layout)
     largest = int(windows.input_ids.max())
     if largest >= vocabulary:
@@ -267,7 +272,8 @@ def _calibrate(
             "c4, alpaca, a .txt, .jsonl or .parquet file, or your own texts."
         )
     with report.timed("calibration"):
-        windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe))
+        build = completion_windows if recipe.objective == TASK else build_windows
+        windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe), build)
         measured = strategy.needs_loss or compensates
         return fitted(windows, stack.model, stack.layout, tokenizer, masked=measured, seed=recipe.seed)
 

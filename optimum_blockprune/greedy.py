@@ -62,7 +62,7 @@ class Walk:
     def line(self, best: Removal, losses: Mapping[Removal, float], dropped: Mapping[Removal, int]) -> dict[str, Any]:
         """What a plan says of a step."""
         step = {"block": name_of(best), "loss": losses[best], "candidates": named(losses)}
-        if self.objective == "nll":
+        if self.objective != "kl":
             step["perplexity"] = perplexity_of(losses[best])
         return {**step, "dropped": named(dropped)} if self.measured.looks else step
 

@@ -22,7 +22,7 @@ from .widths import LAYOUTS
 DEFAULT_SPARSITY = 0.2
 BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params", "target_size_gb", *OPEN_BUDGETS)
 CALIBRATION_RECIPES = ("windows", "sleb")
-OBJECTIVES = ("nll", "kl")
+OBJECTIVES = ("nll", "kl", "task")
 COMPENSATIONS = ("none", "scale", "ridge", "auto")
 _CHOICES = {
     "objective": OBJECTIVES,
@@ -114,8 +114,8 @@ class Recipe:
     objective: str | None = field(
         default=None,
         metadata={
-            "help": "What a search by the loss of the whole model minimises on the text: 'nll', the loss on the text "
-            "itself (the default of sleb), or 'kl', the divergence from what the dense model predicts there.",
+            "help": "What a search minimises on the text: 'nll', the loss there (the default of sleb); 'kl', the "
+            "divergence from what the dense model predicts there; 'task', the loss on completions of prompts.",
             "choices": OBJECTIVES,
         },
     )

@@ -166,8 +166,9 @@ def _same_text(calibration: Mapping[str, Any] | None, recipe: Recipe) -> bool:
         return calibration is None or recipe.dataset is not None
     source, name = str(calibration.get("source")), os.fspath(recipe.dataset)
     same = hub_text(source) is not None and source.startswith(f"{name} (")
-    way = calibration.get("recipe")  # rows that are tokenised already have one of their own
-    cut = calibration.get("seqlen", 0) <= recipe.seqlen and way in (recipe.calibration_recipe, "tokenised", None)
+    way = calibration.get("recipe")  # rows that are tokenised already, and completions, have one of their own
+    ways = (recipe.calibration_recipe, "tokenised", recipe.objective, None)
+    cut = calibration.get("seqlen", 0) <= recipe.seqlen and way in ways
     return cut and (same or source == str(Path(name).expanduser()))
 
 

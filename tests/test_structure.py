@@ -43,6 +43,7 @@ LAYERS = (
     ("weight_writing",),
     ("calibration", "card_data", "commands", "config", "constraints", "page_parts", "picture_depth")
     + ("picture_quality", "picture_search"),
+    ("completions",),
     ("architectures", "measures", "page_quality", "pictures", "reproduce"),
     ("card_origin", "card_quality", "page"),
     ("card",),

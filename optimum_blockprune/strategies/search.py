@@ -87,7 +87,7 @@ class Search(PruningStrategy):
     Options: ClassVar[type] = SearchOptions
     needs_loss: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
-    objectives: ClassVar[tuple[str, ...]] = ("kl", "nll")
+    objectives: ClassVar[tuple[str, ...]] = ("kl", "nll", "task")
     protect_first: ClassVar[int] = 1
     protect_last: ClassVar[int] = 1
 

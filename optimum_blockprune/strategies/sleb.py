@@ -65,7 +65,8 @@ class SLEB(PruningStrategy):
     3. Repeat until enough blocks are gone. The first and the last block stay, as in the released code.
 
     The loss is the mean next-token NLL (nats per prediction); with objective "kl", our choice, the mean KL divergence
-    of the predictions from those of the dense model (see `losses`). The released code sums window means times the
+    of the predictions from those of the dense model (see `losses`), with "task" the NLL of completions alone (see
+    `completions`). The released code sums window means times the
     window length, which orders candidates in the same way because all its windows are full.
 
     Cost of a step with n blocks left and c candidates between them: the shared prefix once, and per candidate the
@@ -79,7 +80,7 @@ class SLEB(PruningStrategy):
     Options: ClassVar[type] = SLEBOptions
     needs_loss: ClassVar[bool] = True
     units: ClassVar[tuple[str, ...]] = (BLOCK, HALF_BLOCK)
-    objectives: ClassVar[tuple[str, ...]] = ("nll", "kl")
+    objectives: ClassVar[tuple[str, ...]] = ("nll", "kl", "task")
     protect_first: ClassVar[int] = 1
     protect_last: ClassVar[int] = 1
 
