@@ -24,9 +24,10 @@ from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.calibration import WindowSpec
 from optimum_blockprune.completions import completion_windows
-from optimum_blockprune.errors import CalibrationError, ConfigurationError, UnsupportedModelError
+from optimum_blockprune.errors import CalibrationError, ConfigurationError, ResumeError, UnsupportedModelError
 from optimum_blockprune.evaluation import EvaluationSpec
 from optimum_blockprune.fingerprints import run_fingerprint
+from optimum_blockprune.loading import load_model
 from optimum_blockprune.reproduce import command_for
 from optimum_blockprune.runner import BlockRunner
 
@@ -148,6 +149,34 @@ def test_scores_are_mean_losses_of_the_completions() -> None:
     assert plan.details["dense_loss"] == pytest.approx(summed / tokens, rel=1e-5)
     for block, score in plan.scores.items():
         assert score == pytest.approx(by_hand(silenced(made.model, (int(block),)), ROWS)[0] / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("search", ["exact", "race"])
+def test_a_streamed_model_is_searched_alike(search: str, tmp_path: Path) -> None:
+    folder = toy_folder(tmp_path / "dense")
+    fields = config(dataset=ROWS, num_samples=6, seqlen=16, objective="task", strategy_options={"search": search})
+    plan = BlockPruner(load_model(folder, stream=True), fields, word_tokenizer()).make_plan()
+    held = BlockPruner(load_model(folder), fields, word_tokenizer()).make_plan()
+    assert plan.removed_blocks == held.removed_blocks
+    assert plan.scores == pytest.approx(held.scores, rel=1e-5)
+
+
+def test_a_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    kept, plan = tmp_path / "kept", pruner().make_plan()
+    first = pruner()
+
+    def interrupt(*_args: Any) -> None:
+        if list(kept.rglob("*.safetensors")):
+            raise KeyboardInterrupt
+
+    first.model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.make_plan(resume_dir=kept)
+    with pytest.raises(ResumeError, match=r"recipe\.objective: task then, nll now"):
+        pruner(objective=None, dataset=TEXTS).make_plan(resume_dir=kept)
+    again = pruner()
+    assert again.make_plan(resume_dir=kept).to_dict() == plan.to_dict()
+    assert again.report.reused_measurements > 0
 
 
 def test_search_knows_it() -> None:
