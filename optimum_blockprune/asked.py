@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Layout
 from .blocks import BlockStack, find_blocks
-from .budget_rules import OPEN_BUDGETS, QUALITY_BUDGETS
+from .budget_rules import OPEN_BUDGETS
 from .completions import TASK
 from .errors import ConfigurationError, UnsupportedModelError
 from .plan import PruningPlan
@@ -33,6 +33,9 @@ KNOW_HALVES = "sleb, search, mi_prun, shortgpt, angular, functional_network with
 
 # For messages: the strategies of this package that know an objective.
 KNOW_OBJECTIVES = "sleb, search"
+
+# What has no meaning for prompts and completions.
+_HOW_TEXT_IS_READ = ("dataset_text_field", "use_chat_template", "calibration_recipe")
 
 
 def asked_for(
@@ -85,25 +88,26 @@ def _refuse_budget(recipe: Recipe, stack: BlockStack) -> None:
 
 
 def _check_objective(recipe: Recipe, strategy: PruningStrategy, layout: Layout) -> None:
-    if recipe.objective == TASK:
-        if not layout.kind.is_text_decoder:
-            raise UnsupportedModelError(
-                f"{layout.subject} does not continue text, so that there is no likelihood of a completion: "
-                "objective='task' is for decoders of text. Leave it out."
-            )
-        if recipe.budget in QUALITY_BUDGETS and recipe.held_out_dataset is None:
-            raise ConfigurationError(
-                f"{recipe.budget} is measured on running text, which rows of prompts and completions are not: give "
-                "held_out_dataset=... (--held-out-dataset PATH)."
-            )
-    if recipe.objective is None or recipe.objective in strategy.objectives:
+    if recipe.objective is not None and recipe.objective not in strategy.objectives:
+        known = " or ".join(map(repr, strategy.objectives))
+        raise ConfigurationError(
+            f"'{recipe.strategy}' has no objective {recipe.objective!r}: "
+            + (f"it knows {known}. Choose one of these, " if known else "leave it out, ")
+            + f"or choose another strategy ({KNOW_OBJECTIVES})."
+        )
+    if recipe.objective != TASK:
         return
-    known = " or ".join(map(repr, strategy.objectives))
-    raise ConfigurationError(
-        f"'{recipe.strategy}' has no objective {recipe.objective!r}: "
-        + (f"it knows {known}. Choose one of these, " if known else "leave it out, ")
-        + f"or choose another strategy ({KNOW_OBJECTIVES})."
-    )
+    if not layout.kind.is_text_decoder:
+        raise UnsupportedModelError(
+            f"{layout.subject} does not continue text, so that there is no likelihood of a completion: "
+            "objective='task' is for decoders of text. Leave it out."
+        )
+    given = [name for name in _HOW_TEXT_IS_READ if getattr(recipe, name) != getattr(Recipe, name)]
+    if given:
+        raise ConfigurationError(
+            f"objective='task' reads the columns 'prompt' and 'completion' as they are: leave {' and '.join(given)} "
+            "out."
+        )
 
 
 def _check_unit(recipe: Recipe, strategy: PruningStrategy) -> None:

@@ -106,7 +106,7 @@ class CalibrationWindows:
         attention_mask: Bool tensor `[n, S]`, `True` on real tokens; `None` when there is no padding.
         source: Name or path of the data set, for people.
         fingerprint: SHA-256 (hex) of shape, tokens and mask: equal for equal tokens, whatever their source.
-        recipe: `"windows"`, `"sleb"`, or `"tokenised"` for rows that came as tokens.
+        recipe: `"windows"`, `"sleb"`, `"task"`, or `"tokenised"` for rows that came as tokens.
         extra: Further inputs of the model by name: one tensor per window, joined along their first dimension to a
             batch (see `Batch.extra`).
         labels: Long tensor `[n, S]`; see `Batch.labels`.

@@ -142,7 +142,7 @@ def _model_rows(rows: Any, source: str, spec: WindowSpec) -> list[Any]:
     first = 0 if spec.beside is None else spec.num_samples
     chosen = list(islice(iterate(rows, source), first, spec.needed))
     if len(chosen) < (spec.beside or 0):
-        raise _too_few(source, first + len(chosen), spec)
+        raise too_few(source, first + len(chosen), spec)
     return chosen
 
 
@@ -152,12 +152,13 @@ def chosen_rows(total: int, spec: WindowSpec, source: str) -> list[int]:
     generator = torch.Generator().manual_seed(spec.seed)
     order = torch.arange(total) if count == total else torch.randperm(total, generator=generator)
     if spec.beside is not None and total < spec.needed:
-        raise _too_few(source, total, spec)
+        raise too_few(source, total, spec)
     chosen = order[:count] if spec.beside is None else order[count : spec.needed]
     return chosen.sort().values.tolist()
 
 
-def _too_few(source: str, found: int, spec: WindowSpec) -> CalibrationError:
+def too_few(source: str, found: int, spec: WindowSpec) -> CalibrationError:
+    """The error where not as many windows are left over as are to be held out."""
     return CalibrationError(
         f"{source} is too short: it has {found} windows, and {spec.needed} are needed: {spec.num_samples} to "
         f"calibrate on, {spec.beside} held out. Lower num_samples (--num-samples) or held_out_samples "
@@ -180,7 +181,7 @@ def _text_windows(
         texts = documents(bar, tokenizer, text_field=spec.text_field, use_chat_template=spec.use_chat_template)
         stream = _token_stream(texts, tokenizer, wanted)
     if spec.beside is not None and stream.numel() < seqlen:
-        raise _too_few(source, stream.numel() // seqlen, spec)
+        raise too_few(source, stream.numel() // seqlen, spec)
     if stream.numel() < needed:
         raise _too_short(source, stream.numel(), needed, seqlen)
     windows = stream[: stream.numel() // seqlen * seqlen].view(-1, seqlen)

@@ -20,7 +20,7 @@ from .budget_rules import QUALITY_BUDGETS
 from .budgets import plan_within
 from .calibration import WindowSpec, build_windows
 from .compensating import NONE, check_compensation, compensated
-from .completions import TASK, completion_windows
+from .completions import Reader, reader_of
 from .environment import versions
 from .errors import CalibrationError, PlanError
 from .fingerprints import run_fingerprint
@@ -224,7 +224,7 @@ def held_out(
     chosen = num_samples if stride is None else None
     wanted = window_spec(recipe, num_samples=chosen, recipe="windows", split=held_out_split(dataset))
     stack = find_blocks(model, recipe.stack)
-    text = windows_for(stack, dataset, tokenizer, wanted)
+    text = windows_for(stack, dataset, tokenizer, wanted, reader_of(recipe, dataset))
     if chosen != num_samples:
         text = text.first(num_samples)
     return fitted(text, model, stack.layout, tokenizer, masked=True, seed=recipe.seed)
@@ -235,12 +235,12 @@ def windows_for(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     spec: WindowSpec,
-    build: Callable[..., CalibrationWindows] = build_windows,
+    read: Reader = build_windows,
 ) -> CalibrationWindows:
     """Cuts windows that the model can read: no longer than its positions, no token outside its vocabulary."""
     inputs = row_inputs(stack.model, stack.layout)
     spec = WindowSpec(**{**vars(spec), "inputs": inputs, "max_length": positions_of(stack.layout)})
-    windows = build(dataset, tokenizer, spec)
+    windows = read(dataset, tokenizer, spec)
     vocabulary = vocabulary_of(stack.layout)
     largest = int(windows.input_ids.max())
     if largest >= vocabulary:
@@ -272,8 +272,7 @@ def _calibrate(
             "c4, alpaca, a .txt, .jsonl or .parquet file, or your own texts."
         )
     with report.timed("calibration"):
-        build = completion_windows if recipe.objective == TASK else build_windows
-        windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe), build)
+        windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe), reader_of(recipe, recipe.dataset))
         measured = strategy.needs_loss or compensates
         return fitted(windows, stack.model, stack.layout, tokenizer, masked=measured, seed=recipe.seed)
 
@@ -306,7 +305,8 @@ def _held_out_part(
         )
         refuse_shared(windows, found)
     elif recipe.dataset is not None:
-        found = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe, beside=count))
+        read = reader_of(recipe, recipe.dataset)
+        found = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe, beside=count), read)
     else:
         raise CalibrationError(
             f"{recipe.budget} is held to text: give dataset=... (--dataset PATH), of which a part is held out, or "

@@ -167,8 +167,8 @@ def _same_text(calibration: Mapping[str, Any] | None, recipe: Recipe) -> bool:
     source, name = str(calibration.get("source")), os.fspath(recipe.dataset)
     same = hub_text(source) is not None and source.startswith(f"{name} (")
     way = calibration.get("recipe")  # rows that are tokenised already, and completions, have one of their own
-    ways = (recipe.calibration_recipe, "tokenised", recipe.objective, None)
-    cut = calibration.get("seqlen", 0) <= recipe.seqlen and way in ways
+    ways = ("task",) if recipe.objective == "task" else (recipe.calibration_recipe, "tokenised")
+    cut = calibration.get("seqlen", 0) <= recipe.seqlen and way in (*ways, None)
     return cut and (same or source == str(Path(name).expanduser()))
 
 

@@ -41,7 +41,9 @@ UNEVEN = {f"{name}-uneven": {**fields, "num_samples": 3} for name, fields in SEA
 # One window of several cells of predictions: the second process has nothing to measure.
 LONG = {"num_samples": 1, "seqlen": 120, "dataset": [text(400)]}
 EMPTY = {f"{name}-empty": {**fields, **LONG} for name, fields in SEARCHES.items() if name != "race"}
-CASES = {**SEARCHES, **UNEVEN, **EMPTY}
+ROWS = [{"prompt": text(4 + row, row), "completion": " " + text(2 + row % 3, 9 + row)} for row in range(4)]
+TASK = {"task": {**EVEN, "objective": "task", "dataset": ROWS}}
+CASES = {**SEARCHES, **UNEVEN, **EMPTY, **TASK}
 THREE = {name: CASES[name] for name in ("sleb-uneven", "race", "mi_prun-uneven", "bip-uneven")}
 
 FAULTS = ("error", "SIGKILL", "SIGINT", "SIGTERM")

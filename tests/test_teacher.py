@@ -272,7 +272,7 @@ def test_the_flag(tmp_path: Path) -> None:
 
 
 def test_strategies_without_it_are_refused_before_any_text_is_read() -> None:
-    with pytest.raises(ConfigurationError, match=r"'shortgpt' has no objective 'kl'.*\(sleb\)"):
+    with pytest.raises(ConfigurationError, match=r"'shortgpt' has no objective 'kl'.*\(sleb, search\)"):
         toy_pruner(strategy="shortgpt", objective="kl", dataset="missing.txt").make_plan()
     with pytest.raises(ConfigurationError, match=r"Unknown objective 'kll'.*'kl'"):
         BlockPruningConfig(objective="kll")

@@ -57,8 +57,8 @@ class SearchContext:
         width: The task of a strategy that removes units of width; `None` for one that removes blocks.
         unit_scores: Filled by `width_plan`: the score of every unit, by place.
         unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
-        objective: What the loss on the windows is: `"nll"`, or `"kl"` where they have a teacher; `None` where the
-            strategy has no objectives.
+        objective: What the loss on the windows is: `"nll"`, `"kl"` where they have a teacher, or `"task"` where
+            their labels are completions; `None` where the strategy has no objectives.
         compensation: What will be fitted in front of the cuts of the plan: `"none"`, `"scale"`, `"ridge"` or `"auto"`.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
@@ -282,8 +282,8 @@ class PruningStrategy(ABC):
         name: The entry-point name.
         unit: What is removed: `"block"`, or `"width"` (channels and heads).
         units: Of a strategy that removes blocks: what it can remove, `"block"` and perhaps `"half_block"`.
-        objectives: What the strategy can minimise on the windows (`"nll"`, `"kl"`), its default first; empty where it
-            does not look at the loss of the whole model.
+        objectives: What the strategy can minimise on the windows (`"nll"`, `"kl"`, `"task"`), its default first; empty
+            where it does not look at the loss of the whole model.
         Options: A frozen dataclass; its fields are what `strategy_options` may hold. `__post_init__` may raise
             `ConfigurationError` for impossible values.
         needs_data: Whether calibration windows must be given.

@@ -96,8 +96,8 @@ class Search(PruningStrategy):
 
         Raises:
             NonFiniteError: The dense model has no finite loss.
-            ConfigurationError: The objective is "nll" where maps are fitted, which are judged by the divergence; or no
-                choice has a finite cost.
+            ConfigurationError: The objective is another one where maps are fitted, which are judged by the divergence;
+                or no choice has a finite cost.
         """
         compensation = context.compensation
         compensated = context.options.compensated
