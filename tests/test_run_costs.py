@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import block_list, random_ids, tiny_model
+from families import block_list, random_ids
 from torch import Tensor
+from toys import wide
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -51,17 +52,6 @@ def context_for(model: PreTrainedModel, count: int, **changes: Any) -> SearchCon
         compensation="ridge",
     )
     return replace(context, **changes)
-
-
-def wide(family: str, blocks: int = 6, seed: int = 0) -> PreTrainedModel:
-    """A model whose blocks do far more to the stream than those of a fresh one."""
-    torch.manual_seed(seed)
-    model = tiny_model(family, blocks)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and ("proj" in name or "c_fc" in name):
-                parameter.mul_(6.0)
-    return model
 
 
 def streams(runner: BlockRunner, windows: CalibrationWindows, per_block: int) -> list[Tensor]:
