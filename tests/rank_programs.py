@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import itertools
 import json
 import os
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel
 from optimum_blockprune import BlockPruner, run, run_costs
 from optimum_blockprune.compensating import _Compensation
 from optimum_blockprune.errors import BlockPruningError, ConfigurationError
+from optimum_blockprune.memory import OUT_OF_MEMORY
 from optimum_blockprune.strategies import search
 from optimum_blockprune.team import Team, alone
 
@@ -188,6 +191,30 @@ def _broken(kind: type, name: str, broken: bool) -> Any:
         yield
     finally:
         setattr(kind, name, before)
+
+
+def short_of_memory(fields: Mapping[str, Any], folder: str) -> None:
+    """The last process has memory for one window only, where the costs of runs are measured."""
+    team, halved = _join(), []
+    for name in ("_sums", "_losses"):
+        if team.rank == team.size - 1:
+            setattr(run_costs._RunCosts, name, _of_one_window(getattr(run_costs._RunCosts, name), halved))
+    wide_pruner(**fields).make_plan().save(Path(folder) / f"memory-{team.rank}.json")
+    _say(halved=halved)
+
+
+def _of_one_window(method: Callable[..., Any], halved: list[str]) -> Callable[..., Any]:
+    """The method, where memory runs out with more than one window at a time."""
+    place = list(inspect.signature(method).parameters).index("size")
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        if args[place] > 1:
+            halved.append(method.__qualname__)
+            raise OUT_OF_MEMORY("out of memory")
+        return method(*args)
+
+    return call
 
 
 def out_of_time(fields: Mapping[str, Any], ticking: list[int]) -> None:

@@ -27,6 +27,7 @@ AUTO = {
 }
 WIDE: dict[str, dict[str, Any]] = {
     "auto": {**AUTO, "num_samples": 9},
+    "auto-pairs": {**AUTO, "num_samples": 9, "batch_size": 2},
     "auto-halves": {**AUTO, "unit": "half_block"},
     "auto-gpt2": {**AUTO, "family": "gpt2"},
     # Both fits and both judgements are one batch each: all but the first process have nothing to do.
@@ -66,6 +67,8 @@ def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         scenarios[f"plain-{size}"] = Scenario("plans", {"cases": list(PLAIN.items()), "folder": place}, size)
         scenarios[f"failing-{size}"] = Scenario("failing_maps", {"fields": AUTO}, size)
         scenarios[f"late-{size}"] = Scenario("out_of_time", {"fields": LATE, "ticking": [0]}, size)
+    short = {"fields": WIDE["auto-pairs"], "folder": str(folder / "2")}
+    scenarios["memory"] = Scenario("short_of_memory", short)
     scenarios["others-late"] = Scenario("out_of_time", {"fields": LATE, "ticking": [1]})
     return play(scenarios, tmp_path_factory.mktemp("played"))
 
@@ -142,6 +145,17 @@ def test_maps_are_shared_work(played: dict[str, list[Outcome]]) -> None:
         lines = [json.loads(line) for line in outcome.out.splitlines()]
         shares.append(next(line["block_forwards"] for line in lines if line["name"] == "auto"))
     assert max(shares) < pruner.report.block_forwards
+
+
+def test_one_process_may_be_short_of_memory(
+    folder: Path, played: dict[str, list[Outcome]], of_one: dict[str, PruningPlan]
+) -> None:
+    assert [outcome.code for outcome in played["memory"]] == [0, 0], played["memory"][1].err[-2000:]
+    halved = [json.loads(outcome.out)["halved"] for outcome in played["memory"]]
+    assert halved == [[], ["_RunCosts._sums", "_RunCosts._losses"]]
+    first, second = found(folder, "memory", 2)
+    assert first.to_dict() == second.to_dict()
+    assert_close(of_one["auto-pairs"].to_dict(), first.to_dict())
 
 
 # Time
