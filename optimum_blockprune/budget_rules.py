@@ -21,10 +21,29 @@ OPEN_BUDGETS = (*QUALITY_BUDGETS, "target_speedup")
 HELD_OUT_FIELDS = ("held_out_dataset", "held_out_samples")
 
 
-def blocks_for_size(target: float, sizes: Sequence[int], total_bytes: int) -> int:
-    """Counts the blocks, smallest first, that bring weights of `total_bytes` down to `target` gigabytes.
+def fewest_within(sizes: Sequence[int], total: int, bound: float | Fraction) -> tuple[int | None, int]:
+    """How many blocks have to go until at most `bound` is left, and what is left then.
 
     Counting the smallest ones makes every choice of that many blocks reach the target.
+
+    Args:
+        sizes: Of the blocks that may go, ascending.
+        total: Size of the whole model.
+        bound: Less than `total`.
+
+    Returns:
+        The number, `None` where all of them are too few; and the rest without that many, or without all.
+    """
+    rest = total
+    for count, size in enumerate(sizes, start=1):
+        rest -= size
+        if rest <= bound:
+            return count, rest
+    return None, rest
+
+
+def blocks_for_size(target: float, sizes: Sequence[int], total_bytes: int) -> int:
+    """Counts the blocks, smallest first, that bring weights of `total_bytes` down to `target` gigabytes.
 
     Args:
         target: Gigabytes, 1e9 bytes.
@@ -41,11 +60,9 @@ def blocks_for_size(target: float, sizes: Sequence[int], total_bytes: int) -> in
             f"target_size_gb={target} leaves nothing to remove: the weights of the model take {total_bytes / 1e9:.6g} "
             "GB (1e9 bytes)."
         )
-    rest = total_bytes
-    for count, size in enumerate(sizes, start=1):
-        rest -= size
-        if rest <= bound:
-            return count
+    count, rest = fewest_within(sizes, total_bytes, bound)
+    if count is not None:
+        return count
     raise ConfigurationError(
         f"target_size_gb={target} cannot be reached: removing the {len(sizes)} blocks that may go leaves "
         f"{rest / 1e9} of {total_bytes / 1e9} GB. The smallest target_size_gb that every choice of blocks reaches is "

@@ -99,6 +99,34 @@ class Folds:
             raise PlanError(f"'{self.file}' is not the file of this plan: its statistics are other ones.")
         return found
 
+    def fetch(self, repo_id: str, token: str | bool | None = None) -> None:
+        """Downloads the file that lies beside a downloaded plan, of the same commit; nothing where there are no maps.
+
+        Args:
+            repo_id: Where the plan came from; `file` lies beside it in the cache of huggingface_hub.
+            token: As for the plan.
+
+        Raises:
+            PlanError: The repository lacks the file, or holds another one.
+        """
+        if not self.entries:
+            return
+        from huggingface_hub import hf_hub_download  # see above
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        commit = self.file.parent.name  # a branch may move on between two downloads; the cache is by commit
+        try:
+            hf_hub_download(repo_id, self.file.name, revision=commit, token=token)
+        except LocalEntryNotFoundError:  # offline, or no connection: its own words say so
+            raise
+        except EntryNotFoundError as error:
+            raise PlanError(
+                f"The plan of '{repo_id}' folds statistics into weights, which '{self.file.name}' holds, and the "
+                f"repository lacks it at {commit[:12]}. Push the whole pruned folder again (optimum-cli blockprune "
+                "push), or choose again."
+            ) from error
+        self.tensors()
+
     def save(self, plan_file: Path) -> None:
         """Writes the tensors beside a plan's file; nothing where there are none."""
         target = plan_file.with_suffix(FOLDS_SUFFIX)

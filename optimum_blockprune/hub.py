@@ -177,7 +177,7 @@ def check_folder(folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: The folder does not exist, is no output of a pruning run, or is not whole.
-        PlanError: Its plan is malformed.
+        PlanError: Its plan is malformed, or the file with what it folds into weights is missing or another one.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -195,7 +195,7 @@ def check_folder(folder: str | Path) -> Path:
             f"'{folder}' is no output of a pruning run: it lacks {' and '.join(missing)}.{hint or ' Prune first.'}"
         )
     json_object(folder / CONFIG)
-    PruningPlan.from_file(folder)
+    PruningPlan.from_file(folder).folds.tensors()
     check_weights(folder)
     return folder
 

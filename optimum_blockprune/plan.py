@@ -339,10 +339,9 @@ class PruningPlan:
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> PruningPlan:
-        """Downloads `pruning_plan.json` of a pruned model on the Hub and reads it."""
+        """Downloads `pruning_plan.json` of a pruned model on the Hub and reads it, with its folds if it has any."""
         from huggingface_hub import hf_hub_download
 
         plan = cls.from_file(hf_hub_download(repo_id, PLAN_FILE, revision=revision, token=token))
-        if plan.folds:
-            hf_hub_download(repo_id, Path(PLAN_FILE).stem + FOLDS_SUFFIX, revision=revision, token=token)
+        plan.folds.fetch(repo_id, token)
         return plan

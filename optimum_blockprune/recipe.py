@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
-from .budget_rules import HELD_OUT_FIELDS, OPEN_BUDGETS, blocks_for_size, check_held_out, check_number
+from .budget_rules import HELD_OUT_FIELDS, OPEN_BUDGETS, blocks_for_size, check_held_out, check_number, fewest_within
 from .errors import ConfigurationError, nearest
 from .widths import LAYOUTS
 
@@ -259,19 +259,14 @@ class Recipe:
 
 
 def _blocks_for_target(target: int, sizes: Sequence[int], total_params: int) -> int:
-    """Counts the blocks, smallest first, that bring a model of `total_params` down to `target`.
-
-    Counting the smallest ones makes every choice of that many blocks reach the target.
-    """
+    """Counts the blocks, smallest first, that bring a model of `total_params` down to `target`."""
     if target >= total_params:
         raise ConfigurationError(
             f"target_params={target:,} leaves nothing to remove: the model has {total_params:,} parameters."
         )
-    rest = total_params
-    for count, size in enumerate(sizes, start=1):
-        rest -= size
-        if rest <= target:
-            return count
+    count, rest = fewest_within(sizes, total_params, target)
+    if count is not None:
+        return count
     raise ConfigurationError(
         f"target_params={target:,} cannot be reached: removing the {len(sizes)} blocks that may go leaves {rest:,} of "
         f"{total_params:,} parameters. The smallest target_params that every choice of blocks reaches is {rest:,}."

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
+import itertools
 import json
 import os
 import signal
@@ -12,17 +15,21 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import command_line
 import torch
 import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
-from toys import assert_unchanged, snapshot, toy_pruner
+from toys import assert_unchanged, config, snapshot, toy_pruner, wide, word_tokenizer
 from transformers import PreTrainedModel
 
-from optimum_blockprune import run
+from optimum_blockprune import BlockPruner, run, run_costs
+from optimum_blockprune.compensating import _Compensation
 from optimum_blockprune.errors import BlockPruningError, ConfigurationError
+from optimum_blockprune.memory import OUT_OF_MEMORY
+from optimum_blockprune.strategies import search
 from optimum_blockprune.team import Team, alone
 
 
@@ -139,6 +146,94 @@ def plans(cases: list[tuple[str, Mapping[str, Any]]], folder: str) -> None:
         pruner = toy_pruner(**fields)
         pruner.make_plan().save(Path(folder) / f"{name}-{team.rank}.json")
         _say(name=name, block_forwards=pruner.report.block_forwards)
+
+
+def wide_plans(cases: list[tuple[str, Mapping[str, Any]]], folder: str) -> None:
+    """As `plans`, of models whose blocks do much, so that maps help; none of them is changed."""
+    team = _join()
+    for name, fields in cases:
+        pruner = wide_pruner(**fields)
+        before = snapshot(pruner.model)
+        pruner.make_plan().save(Path(folder) / f"{name}-{team.rank}.json")
+        assert_unchanged(pruner.model, before)
+        _say(name=name, block_forwards=pruner.report.block_forwards)
+
+
+def wide_pruner(family: str = "llama", **fields: Any) -> BlockPruner:
+    """A pruner of such a model; `fields` are those of `config`."""
+    return BlockPruner(wide(family), config(**fields), word_tokenizer())
+
+
+def failing_maps(fields: Mapping[str, Any]) -> None:
+    """One process after the other fails at each of the places where maps are fitted and judged."""
+    team = _join()
+    places = [(run_costs._RunCosts, each) for each in ("_start", "_sums", "_losses")]
+    places += [(_Compensation, each) for each in ("_sums", "_wanted", "_step")]
+    found = {}
+    for kind, name in places:
+        for rank in range(team.size):
+            with _broken(kind, name, team.rank == rank):
+                found[f"{kind.__name__}.{name} in {rank}"] = _error_of(wide_pruner(**fields).make_plan)
+    _say(errors=found, alive=team.summed({"ranks": torch.tensor(team.rank)})["ranks"].item())
+
+
+@contextmanager
+def _broken(kind: type, name: str, broken: bool) -> Any:
+    """A method that fails where it is broken."""
+
+    def fail(*_args: Any) -> None:
+        raise ArithmeticError("this device is broken")
+
+    before = getattr(kind, name)
+    if broken:
+        setattr(kind, name, fail)
+    try:
+        yield
+    finally:
+        setattr(kind, name, before)
+
+
+def short_of_memory(fields: Mapping[str, Any], folder: str) -> None:
+    """The last process has memory for one window only, where the costs of runs are measured."""
+    team, halved = _join(), []
+    for name in ("_sums", "_losses"):
+        if team.rank == team.size - 1:
+            setattr(run_costs._RunCosts, name, _of_one_window(getattr(run_costs._RunCosts, name), halved))
+    wide_pruner(**fields).make_plan().save(Path(folder) / f"memory-{team.rank}.json")
+    _say(halved=halved)
+
+
+def _of_one_window(method: Callable[..., Any], halved: list[str]) -> Callable[..., Any]:
+    """The method, where memory runs out with more than one window at a time."""
+    place = list(inspect.signature(method).parameters).index("size")
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        if args[place] > 1:
+            halved.append(method.__qualname__)
+            raise OUT_OF_MEMORY("out of memory")
+        return method(*args)
+
+    return call
+
+
+def out_of_time(fields: Mapping[str, Any], ticking: list[int]) -> None:
+    """A search whose time is up; the clocks of the other processes than those in `ticking` stand still."""
+    team = _join()
+    with clock(1.0 if team.rank in ticking else 0.0):
+        plan = toy_pruner(**fields).make_plan()
+    _say(plan=plan.to_dict())
+
+
+@contextmanager
+def clock(step: float) -> Any:
+    """The clock of the search, which goes on by `step` seconds each time it is looked at."""
+    seconds = itertools.count(0.0, step)
+    before, search.time = search.time, SimpleNamespace(monotonic=lambda: next(seconds))
+    try:
+        yield
+    finally:
+        search.time = before
 
 
 def by_itself(folder: str) -> None:

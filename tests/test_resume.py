@@ -48,7 +48,8 @@ import json, os, signal, sys, time, traceback
 from argparse import ArgumentParser
 from pathlib import Path
 from optimum_blockprune.commands import BlockPruneCommand
-from optimum_blockprune import shell
+from optimum_blockprune import run_costs, shell
+from optimum_blockprune.ledger import Ledger
 
 def run(words):
     parser = ArgumentParser("optimum-cli")
@@ -56,7 +57,21 @@ def run(words):
     args = parser.parse_args(["blockprune", *words])
     args.func(args).run()
 
+def killed_at(number, kept):
+    write, done = Ledger.write, []
+    def counted(ledger, key, tensors):
+        done.append(key)
+        if len(done) < number or kept:
+            write(ledger, key, tensors)
+        if len(done) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    Ledger.write = counted
+
 def child(request):
+    if request["at_write"] is not None:
+        killed_at(*request["at_write"])
+    if request["max_bytes"] is not None:
+        run_costs._MAX_BYTES = request["max_bytes"]
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -110,10 +125,25 @@ class Server:
             [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, *words: object, kill_after: float | None = None, kill_at: Path | None = None) -> Ended:
-        """Runs a command; kills it after so many seconds, or once something is kept in a folder."""
+    def run(
+        self,
+        *words: object,
+        kill_after: float | None = None,
+        kill_at: Path | None = None,
+        at_write: tuple[int, bool] | None = None,
+        max_bytes: int | None = None,
+    ) -> Ended:
+        """Runs a command, and kills it where told to.
+
+        Args:
+            words: The command line.
+            kill_after: After so many seconds.
+            kill_at: Once something is kept in this folder.
+            at_write: With its measurement of this number, and whether that one is kept.
+            max_bytes: What the sums of runs with maps may take together, so that they come in several groups.
+        """
         request = {"words": list(map(str, words)), "kill_after": kill_after, "log": str(self._log)}
-        request["kill_at"] = None if kill_at is None else str(kill_at)
+        request |= {"kill_at": None if kill_at is None else str(kill_at), "at_write": at_write, "max_bytes": max_bytes}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return Ended(**json.loads(self.process.stdout.readline()), log=self._log.read_text(errors="replace"))

@@ -53,6 +53,17 @@ def config(strategy: str = "sleb", **fields: Any) -> BlockPruningConfig:
     return BlockPruningConfig(strategy=strategy, **{**defaults, **budget, **fields})
 
 
+def wide(family: str, blocks: int = 6, seed: int = 0) -> PreTrainedModel:
+    """A model whose blocks do far more to the stream than those of a fresh one."""
+    torch.manual_seed(seed)
+    model = tiny_model(family, blocks)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and ("proj" in name or "c_fc" in name):
+                parameter.mul_(6.0)
+    return model
+
+
 def toy_pruner(family: str = "llama", depth: int = NUM_BLOCKS, **fields: Any) -> BlockPruner:
     """A pruner with a tiny model of `depth` blocks; `fields` are those of `config`."""
     return BlockPruner(tiny_model(family, depth), config(**fields), word_tokenizer())

@@ -187,8 +187,9 @@ class _Exchanges:
     def _over(self) -> bool:
         """Whether the time is used up; of several processes, the first one's clock decides for all."""
         end = self._end
-        if end is not None:
-            self._cut = self._cut or self.context.team.from_first(lambda: time.monotonic() >= end)
+        if end is not None and not self._cut:
+            over = self.context.team.from_first(lambda: {"over": torch.tensor(time.monotonic() >= end)})
+            self._cut = bool(over["over"])
         return self._cut
 
     def _exchange(self, removal: Removal, sweep: int) -> None:
