@@ -162,6 +162,19 @@ def test_the_table_of_claims_is_that_of_the_benchmarks() -> None:
     assert {row.split("; AMD")[0].rstrip() for row in rows} <= {line.rstrip() for line in quoted}
 
 
+def test_the_table_of_quality_is_that_of_the_benchmark() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "quality_table.py"], capture_output=True, text=True, check=True
+    )
+    rows = done.stdout.splitlines()
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) >= 30 and set(rows) <= set(page)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(set(rows) & set(readme)) >= 10
+    # In brackets, changes: nothing of that shape in the README that is not in the table.
+    assert {line for line in readme if re.search(r"\([+-]\d+%\)", line)} <= set(rows)
+
+
 def test_quoted_figures_of_width_are_those_of_the_benchmark() -> None:
     result, page = json.loads(WIDTH.read_text()), (ROOT / "docs" / "width.md").read_text(encoding="utf-8")
     lines = [line.split() for line in page.splitlines()]

@@ -178,6 +178,12 @@ def test_another_objective_is_refused() -> None:
         BlockPruner(wide("llama"), config(strategy="auto", objective="nll")).make_plan()
 
 
+@pytest.mark.parametrize("option", [{"swaps": 1}, {"time_budget": 9.0}, {"confidence": 0.9}])
+def test_options_that_would_be_ignored_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(option))):
+        BlockPruner(wide("llama"), config(strategy="auto", strategy_options=option)).make_plan()
+
+
 def test_numbers_that_are_none_are_refused() -> None:
     model = wide("llama")
     with torch.no_grad():

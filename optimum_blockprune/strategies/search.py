@@ -37,7 +37,7 @@ class SearchOptions:
         time_budget: Seconds after which no further step begins once there is a result (the walk always ends); `None`
             for no limit. What is found by then depends on the machine, and so does the plan.
         compensated: Whether to choose what costs least with maps in front of the gaps (`compensation="ridge"` or as
-            asked for); `None` for where compensation is asked for. The other options are then of no use.
+            asked for); `None` for where compensation is asked for. The other options are then refused.
         confidence: That a step does not drop its best candidate before all windows were seen; see `racing`.
     """
 
@@ -99,15 +99,10 @@ class Search(PruningStrategy):
             ConfigurationError: The objective is another one where maps are fitted, which are judged by the divergence;
                 or no choice has a finite cost.
         """
-        compensation = context.compensation
-        compensated = context.options.compensated
-        if compensation != "none" if compensated is None else compensated:
-            if context.objective != "kl":
-                raise ConfigurationError(
-                    f"objective={context.objective!r} is not what search measures with compensation, which is the "
-                    "divergence from the dense model: leave it out, or set strategy option compensated=false."
-                )
-            return _best_runs(context, "ridge" if compensation == "none" else compensation)
+        asked = context.compensation != "none"
+        if asked if context.options.compensated is None else context.options.compensated:
+            _refuse_ignored(context)
+            return _best_runs(context, context.compensation if asked else "ridge")
         end = None if context.options.time_budget is None else time.monotonic() + context.options.time_budget
         walk = Walk(Steps(context, RACE, context.options.confidence, _key), "Search")
         walk.go()
@@ -124,6 +119,20 @@ class Search(PruningStrategy):
             nested=not exchanges.accepted,
             smaller=smaller,
         )
+
+
+def _refuse_ignored(context: SearchContext) -> None:
+    """What would be ignored where maps are fitted is an error."""
+    without = "leave it out, or set strategy option compensated=false."
+    if context.objective != "kl":
+        raise ConfigurationError(
+            f"objective={context.objective!r} is not what search measures with compensation, which is the divergence "
+            f"from the dense model: {without}"
+        )
+    for name in ("swaps", "time_budget", "confidence"):
+        value = getattr(context.options, name)
+        if value != getattr(SearchOptions, name):
+            raise ConfigurationError(f"{name}={value!r} only counts for a search without compensation: {without}")
 
 
 def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
