@@ -396,7 +396,7 @@ def test_a_baseline_may_be_a_folder(dense: Path) -> None:
 def test_named_data_sets_are_evaluated_on_held_out_text(name: str, split: str, monkeypatch) -> None:
     asked = []
 
-    def windows_for(model, dataset, tokenizer, spec):
+    def windows_for(model, dataset, tokenizer, spec, read):
         asked.append((dataset, spec.split, spec.num_samples))
         raise ConnectionError
 
