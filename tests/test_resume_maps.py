@@ -79,7 +79,7 @@ def test_plan_and_maps_survive_kills(
             assert kept.items() <= now.items(), "a finished measurement is gone or was made again"
             assert len(now) == len(kept) + number - (not whole), ended.log
             kept = now
-    assert ended.code == 0 and len(codes) > 2, ended.log
+    assert ended.code == 0 and len(codes) > 1, ended.log
     assert f"{len(kept)} measurements were read from" in ended.log
     assert output.read_bytes() == undisturbed[way].read_bytes()
     folds = undisturbed[way].with_suffix(".folds")
