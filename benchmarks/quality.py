@@ -3,8 +3,8 @@
 
 Every choice is made once, for the largest number of blocks, and cut short for the smaller ones; compensation is
 fitted anew to each of them, on the tokens that the choice was made on. Held-out texts are other ones. `runs` are
-what `strategy="auto"` chooses. Prints a table
-and, with `--output`, writes it as JSON; what the file holds already is not measured again.
+what `strategy="auto"` chooses. Prints a table and, with `--output`, writes it as JSON; what the file holds already is
+not measured again, and a file of other settings is refused.
 
     python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb runs
 
@@ -14,6 +14,7 @@ and, with `--output`, writes it as JSON; what the file holds already is not meas
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -58,7 +59,12 @@ def main() -> None:
     pruner = BlockPruner.from_pretrained(args.model or smollm2_gguf(), dtype=args.dtype, device_map=args.device)
     output = Path(args.output) if args.output else None
     report = json.loads(output.read_text()) if output and output.is_file() else {"rows": []}
+    settings = {name: getattr(args, name) for name in ("model", "windows", "test_windows", "seqlen", "dtype")}
+    settings |= {"calibration": Path(args.calibration or calibration).name, "texts": list(texts)}
+    if report["rows"] and report.get("settings") != settings:
+        raise SystemExit(f"'{output}' was measured with {report.get('settings')}, not with {settings}.")
     report |= {
+        "settings": settings,
         "model": args.model or "SmolLM2-135M-Instruct (Q4_1 GGUF, float32)",
         "device": machine() if pruner.model.device.type == "cpu" else torch.cuda.get_device_name(),
         "versions": versions(),
@@ -118,7 +124,7 @@ class _Bench:
 
     def _chosen(self, choice: str, seed: int) -> tuple[PruningPlan, float]:
         """The plan for the largest number of blocks and the seconds that it took; a kept one if there is one."""
-        place = Path(self.args.plans or ".") / f"{choice}-{max(self.args.counts)}-{seed}.json"
+        place = Path(self.args.plans or ".") / f"{choice}-{max(self.args.counts)}-{seed}-{self._setting()}.json"
         if self.args.plans and place.is_file():
             kept = json.loads(place.read_text(encoding="utf-8"))
             return PruningPlan.from_dict(kept["plan"]), kept["seconds"]
@@ -130,6 +136,13 @@ class _Bench:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(json.dumps({"plan": plan.to_dict(), "seconds": seconds}), encoding="utf-8")
         return plan, seconds
+
+    def _setting(self) -> str:
+        """What a kept choice depends on besides its name, in short."""
+        model = json.dumps(
+            [self.args.model, self.args.dtype, str(self.data), Path(self.data["dataset"]).stat().st_size]
+        )
+        return hashlib.sha256(model.encode()).hexdigest()[:12]
 
     def _compensated(self, plan: PruningPlan, compensation: str, seed: int) -> PruningPlan:
         """The same blocks, with maps fitted on the tokens that they were chosen on."""
@@ -186,10 +199,7 @@ class _Bench:
 
     def _known(self, choice: str, count: int, compensation: str, seed: int) -> bool:
         key = (choice, count, compensation, seed)
-        return any(
-            tuple(row[name] for name in ("choice", "count", "compensation", "seed")) == key
-            for row in self.report["rows"]
-        )
+        return any(_key(row) == key and (not self.args.tasks or "tasks" in row) for row in self.report["rows"])
 
     def _row(
         self,
@@ -205,9 +215,14 @@ class _Bench:
         row |= {"seconds": seconds}
         if plan is not None:
             row |= {"removed": list(plan.removed_names), "calibration": plan.calibration}
-        self.report["rows"].append(row)
+        # One without tasks gives way to one with them.
+        self.report["rows"] = [each for each in self.report["rows"] if _key(each) != _key(row)] + [row]
         if self.output:
             self.output.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("choice", "count", "compensation", "seed"))
 
 
 def _table(report: dict[str, Any], texts: list[str]) -> str:

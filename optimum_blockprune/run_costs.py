@@ -180,7 +180,7 @@ class _RunCosts:
         update: Callable[[float], object],
     ) -> Tensor:
         """Summed KL [starts, counts] of this process's windows."""
-        losses = torch.zeros(len(group), self.context.num_remove, dtype=torch.float64)
+        shape, losses = (len(group), self.context.num_remove), None
         trunk: dict[int, BlockOutput | None] = {}
         for number, start in enumerate(group):
             prepared = {count: self._prepared(start, count, maps) for count in start.counts}
@@ -191,9 +191,12 @@ class _RunCosts:
                     off = [unit for each in self.row.removals(pieces) for unit in units_of(each)]
                     with folds.on():
                         last = self.runner.run_to(batch, self.runner.last_block(off), off, state)
-                        losses[number, count - 1] += head_losses(self.runner, batch, last).sum().cpu()
+                        found = head_losses(self.runner, batch, last).sum()
+                    # On the device of the losses: reading a value after each run would stall a GPU.
+                    losses = found.new_zeros(shape) if losses is None else losses
+                    losses[number, count - 1] += found
                     update(len(batch.input_ids) / self.judges.num_windows)
-        return losses
+        return torch.zeros(shape, dtype=torch.float64) if losses is None else losses
 
     def _trunk(self, batch: Batch, start: _Start, state: BlockOutput | None) -> BlockOutput | None:
         """The dense model's output in front of the block that takes the map, from the last state on."""

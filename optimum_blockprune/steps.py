@@ -27,7 +27,7 @@ from .strategies.base import SearchContext
 
 logger = logging.get_logger("optimum.blockprune.steps")
 
-EXACT, RACE, NAIVE = "exact", "race", "naive"
+RACE, NAIVE = "race", "naive"
 
 
 class Steps:

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contexts import context_of
 from families import block_list, random_ids
 from torch import Tensor
 from toys import wide
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, run_costs
@@ -37,20 +36,15 @@ WRITERS = {
 
 def context_for(model: PreTrainedModel, count: int, **changes: Any) -> SearchContext:
     """A context in which all but the first and the last block may go."""
-    context = SearchContext(
-        runner=BlockRunner(model),
-        windows=CalibrationWindows.from_tokens(random_ids(8, 16), source="made up"),
-        options=SearchOptions(),
-        num_remove=count,
-        removable=tuple(range(1, model.config.num_hidden_layers - 1)),
-        batch_size=2,
-        seed=0,
-        progress=lambda total, desc: tqdm(total=total, desc=desc, disable=True),
-        provenance={"model_type": model.config.model_type, "strategy": "search"},
-        objective="kl",
-        compensation="ridge",
-    )
-    return replace(context, **changes)
+    settings = {
+        "windows": CalibrationWindows.from_tokens(random_ids(8, 16), source="made up"),
+        "options": SearchOptions(),
+        "num_remove": count,
+        "removable": tuple(range(1, model.config.num_hidden_layers - 1)),
+        "objective": "kl",
+        "compensation": "ridge",
+    }
+    return context_of(model, **{**settings, **changes})
 
 
 def streams(runner: BlockRunner, windows: CalibrationWindows, per_block: int) -> list[Tensor]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import context_of
 from families import block_list, random_ids, tiny_model
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig
@@ -28,21 +28,14 @@ from optimum_blockprune.teacher import with_teacher
 
 def context_for(model: PreTrainedModel, count: int, **changes: Any) -> SearchContext:
     """A context in which all but the first and the last block may go, close to the dense model."""
-    runner = BlockRunner(model)
     windows = CalibrationWindows.from_tokens(random_ids(6, 16), source="made up")
-    context = SearchContext(
-        runner=runner,
-        windows=with_teacher(runner, windows, 2),
-        options=SearchOptions(),
-        num_remove=count,
-        removable=tuple(range(1, model.config.num_hidden_layers - 1)),
-        batch_size=2,
-        seed=0,
-        progress=lambda total, desc: tqdm(total=total, desc=desc, disable=True),
-        provenance={"model_type": model.config.model_type, "strategy": "search"},
-        objective="kl",
-    )
-    return replace(context, **changes)
+    settings = {
+        "options": SearchOptions(),
+        "num_remove": count,
+        "removable": tuple(range(1, model.config.num_hidden_layers - 1)),
+        "objective": "kl",
+    }
+    return context_of(model, with_teacher(BlockRunner(model), windows, 2), **{**settings, **changes})
 
 
 def divergence(context: SearchContext, removed: tuple[int, ...]) -> float:
