@@ -164,21 +164,11 @@ class _QualitySearch:
         """Tries the depths of a strategy that did not ask; returns the last plan within the budget."""
         best = widest
         for count in range(1, widest.num_removed + 1):
-            plan = self._of_depth(widest, count)
+            plan = of_depth(self.strategy, part_of(self.context, count), widest, self.check)
             if not self._tried(plan.removed_units, count):
                 break
             best = plan
         return best
-
-    def _of_depth(self, widest: PruningPlan, count: int) -> PruningPlan:
-        try:
-            return widest.truncate(count)
-        except PlanError:  # it does not know its smaller choices
-            ledger = None if self.context.ledger is None else _Part(self.context.ledger, f"{count} blocks: ")
-            asked = replace(self.context, num_remove=count, ledger=ledger)
-            plan = self.strategy.select(asked)
-            self.check(plan, asked)
-            return plan
 
     def _goes_on(self, removed: Sequence[Removal]) -> bool:
         """What a greedy search asks."""
@@ -254,6 +244,23 @@ class _QualitySearch:
         return ConfigurationError(
             f"{start} first, {costs}. The smallest {self.name} that removes a block is {smallest}."
         )
+
+
+def of_depth(strategy: PruningStrategy, context: SearchContext, widest: PruningPlan, check: Check) -> PruningPlan:
+    """The plan of `context.num_remove` blocks: a larger one cut short or, where that does not know its smaller
+    choices, a choice of its own."""
+    try:
+        return widest.truncate(context.num_remove)
+    except PlanError:
+        plan = strategy.select(context)
+        check(plan, context)
+        return plan
+
+
+def part_of(context: SearchContext, num_remove: int) -> SearchContext:
+    """The context of one number of blocks among several, whose measurements are kept apart."""
+    ledger = None if context.ledger is None else _Part(context.ledger, f"{num_remove} blocks: ")
+    return replace(context, num_remove=num_remove, ledger=ledger)
 
 
 class _Part:

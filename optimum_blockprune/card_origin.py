@@ -73,6 +73,7 @@ def _trained(report: PruningReport) -> Iterator[str | None]:
 
 def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
     parts = plan.parts()
+    yield from _split(plan.details.get("mix"))
     for part in parts:
         name = code(part["strategy"])
         of, by = (f" of {name}", f" by {name}") if len(parts) > 1 else ("", "")
@@ -98,6 +99,23 @@ def _settings(plan: PruningPlan, report: PruningReport) -> Iterator[str]:
         yield f"Versions that chose: {_versions(plan.versions)}"
 
 
+def _split(mix: Any) -> Iterator[str]:
+    """How depth and width came to share one budget."""
+    trail = mix.get("trail") if isinstance(mix, Mapping) else None
+    if not fits(trail, list[Mapping[str, Any]]) or not fits(mix.get("target_params"), int):
+        return
+    tried = [
+        f"{counted(each['removed'], 'block')} {figure(each.get('kl'), 4)}"
+        for each in trail
+        if fits(each.get("removed"), int) and fits(each.get("kl"), float | None)
+    ]
+    yield (
+        f"Split between depth and width: at most {mix['target_params']:,} parameters; KL from the dense model on "
+        f"held-out text, nats per token, by the number of blocks that go: {', '.join(tried)}"
+    )
+    yield from _held_out(mix.get("held_out"))
+
+
 def _reached(details: Any) -> Iterator[str]:
     """What was measured for a budget that only measuring turns into a number of blocks."""
     budget = details.get("budget") if isinstance(details, Mapping) else None
@@ -106,7 +124,10 @@ def _reached(details: Any) -> Iterator[str]:
     figures = {name: f"{budget[name]:.4g}" for name in _FIGURES if fits(budget.get(name), float)}
     if figures:
         yield f"Reached: {_pairs(figures)}"
-    text = budget.get("held_out")
+    yield from _held_out(budget.get("held_out"))
+
+
+def _held_out(text: Any) -> Iterator[str]:
     if isinstance(text, Mapping) and all(fits(text.get(name), float) for name in ("windows", "seqlen", "tokens")):
         yield f"Held-out text that this was measured on: {_calibration(text)}"
 

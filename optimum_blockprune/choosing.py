@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 from optimum.utils import logging
@@ -14,31 +14,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import Layout
 from .asked import asked_for
-from .batches import CalibrationWindows, refuse_shared
+from .batches import CalibrationWindows
 from .blocks import BlockStack, find_blocks
 from .budget_rules import QUALITY_BUDGETS
-from .budgets import plan_within
-from .calibration import WindowSpec, build_windows
+from .budgets import of_depth, part_of, plan_within
 from .compensating import NONE, check_compensation, compensated
-from .completions import Reader, reader_of
 from .environment import versions
-from .errors import CalibrationError, PlanError
+from .errors import PlanError
 from .fingerprints import run_fingerprint
 from .half import halves_of
-from .inputs import positions_of, vocabulary_of
 from .ledger import Ledger
 from .per_layer import refuse_own_widths
 from .plan import PruningPlan
+from .reading import calibration_of, held_out_part, taught
 from .recipe import Recipe
 from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
 from .strategies.base import BLOCK, HALF_BLOCK, Place, PruningStrategy, SearchContext, WidthTask
 from .surgery import check_plan
-from .tasks import fitted, row_inputs
-from .teacher import with_teacher
 from .team import Team
-from .text import HUB_DATASETS
 from .widths import Width
 
 
@@ -73,41 +68,83 @@ def choose(
         BlockPruningError: The recipe, the model or the text does not fit; as much as possible before the search.
         PlanError: A strategy did not keep to its budget or to the protections.
     """
-    refuse_own_widths(model.config)
-    strategy = get_strategy(recipe.strategy)()
-    options = build_options(type(strategy), recipe.strategy_options or {})
-    stack = find_blocks(model, recipe.stack)
-    task, removable, num_remove = asked_for(recipe, strategy, options, stack)
-    runner = BlockRunner(model, recipe.stack)
-    _require_halves(runner, recipe, strategy)
-    windows = _taught(runner, recipe, _calibrate(stack, recipe, tokenizer, report), report)
-    held_out = _held_out_part(stack, recipe, tokenizer, windows)
-    check_compensation(runner, windows, recipe)
-    team = _team(stack, recipe, windows, held_out)
-    context = SearchContext(
-        runner=runner,
-        windows=windows,
-        options=options,
-        num_remove=num_remove,
-        removable=removable,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        progress=lambda total, description: tqdm(total=total, desc=description, leave=False),
-        provenance=_provenance(stack.layout, recipe, windows, base_model),
-        width=task,
-        unit_scores={} if unit_scores is None else unit_scores,
-        unit=recipe.unit or BLOCK,
-        objective=recipe.objective or next(iter(strategy.objectives), None),
-        compensation=recipe.compensation,
-        team=team,
-        ledger=_ledger(stack, recipe, windows, held_out, keep),
-    )
-    with report.timed("search"):
-        plan = plan_within(recipe, strategy, context, held_out, partial(_check_choice, strategy=recipe.strategy))
-    plan = _compensated(context, plan, recipe, report)
-    check_plan(model, plan)
-    _record_cost(report, plan, context)
-    return plan
+    search = Search(model, recipe, tokenizer, report, base_model=base_model, unit_scores=unit_scores, keep=keep)
+    return search.plan()
+
+
+class Search:
+    """One search, which may give plans of several depths; everything that can be checked before it is when it is made.
+
+    Attributes:
+        windows: What is calibrated on; `None` where nothing is measured.
+
+    Args and errors: see `choose`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase | None,
+        report: PruningReport,
+        *,
+        base_model: str | None = None,
+        unit_scores: dict[Place, list[float]] | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        refuse_own_widths(model.config)
+        self._recipe, self._report = recipe, report
+        self._strategy = strategy = get_strategy(recipe.strategy)()
+        options = build_options(type(strategy), recipe.strategy_options or {})
+        stack = find_blocks(model, recipe.stack)
+        task, removable, num_remove = asked_for(recipe, strategy, options, stack)
+        runner = BlockRunner(model, recipe.stack)
+        _require_halves(runner, recipe, strategy)
+        windows = calibration_of(stack, recipe, strategy, tokenizer, report)
+        objective = recipe.objective or next(iter(strategy.objectives), None)
+        self.windows = windows = taught(runner, recipe, objective, windows, report)
+        self._held_out = None
+        if recipe.budget in QUALITY_BUDGETS:
+            wanted = recipe.held_out_dataset, recipe.held_out_samples
+            self._held_out = held_out_part(stack, recipe, tokenizer, windows, *wanted)
+        check_compensation(runner, windows, recipe)
+        self._context = SearchContext(
+            runner=runner,
+            windows=windows,
+            options=options,
+            num_remove=num_remove,
+            removable=removable,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            progress=lambda total, description: tqdm(total=total, desc=description, leave=False),
+            provenance=_provenance(stack.layout, recipe, windows, base_model),
+            width=task,
+            unit_scores={} if unit_scores is None else unit_scores,
+            unit=recipe.unit or BLOCK,
+            objective=objective,
+            compensation=recipe.compensation,
+            team=_team(stack, recipe, windows, self._held_out),
+            ledger=_ledger(stack, recipe, windows, self._held_out, keep),
+        )
+        self._check = partial(_check_choice, strategy=recipe.strategy)
+
+    def plan(self, num_blocks: int | None = None) -> PruningPlan:
+        """The plan that was asked for, or the one of fewer blocks; the search itself runs once, if it can."""
+        context, plan = self._context, self._widest
+        if num_blocks is not None and num_blocks != plan.num_removed:
+            context = part_of(context, num_blocks)
+            plan = of_depth(self._strategy, context, plan, self._check)
+        if self._recipe.compensation != NONE:
+            with self._report.timed("compensation"):
+                plan = compensated(context, plan, self._recipe.compensation)
+        check_plan(context.runner.model, plan)
+        _record_cost(self._report, plan, self._context)
+        return plan
+
+    @cached_property
+    def _widest(self) -> PruningPlan:
+        with self._report.timed("search"):
+            return plan_within(self._recipe, self._strategy, self._context, self._held_out, self._check)
 
 
 def _team(
@@ -118,13 +155,6 @@ def _team(
         for name, described in run_fingerprint(stack, recipe, windows, held_out).items():
             team.check_same(name, json.dumps(described))
     return team
-
-
-def _compensated(context: SearchContext, plan: PruningPlan, recipe: Recipe, report: PruningReport) -> PruningPlan:
-    if recipe.compensation == NONE:
-        return plan
-    with report.timed("compensation"):
-        return compensated(context, plan, recipe.compensation)
 
 
 def _require_halves(runner: BlockRunner, recipe: Recipe, strategy: PruningStrategy) -> None:
@@ -185,134 +215,6 @@ def score_units(
     for place, each in scores.items():
         found.setdefault(place.block, {})[plan.width.groups[place.group].writer] = each
     return found
-
-
-def window_spec(recipe: Recipe, /, **changes: Any) -> WindowSpec:
-    """The recipe's way to cut text, with some of it replaced."""
-    spec = {
-        "num_samples": recipe.num_samples,
-        "seqlen": recipe.seqlen,
-        "seed": recipe.seed,
-        "text_field": recipe.dataset_text_field,
-        "use_chat_template": recipe.use_chat_template,
-        "recipe": recipe.calibration_recipe,
-    }
-    return WindowSpec(**{**spec, **changes})
-
-
-def held_out_split(dataset: Any, order: Sequence[str] = ("test", "validation", "train")) -> str:
-    """The split to evaluate on: the test split, or the nearest to it that a data set with several splits has."""
-    if isinstance(dataset, str) and dataset in HUB_DATASETS:
-        splits: Collection[str] = HUB_DATASETS[dataset].splits
-    else:
-        splits = dataset if isinstance(dataset, Mapping) else ()
-    return next((split for split in order if split in splits), order[0])
-
-
-def held_out(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dataset: Any,
-    num_samples: int | None,
-    stride: int | None,
-) -> CalibrationWindows:
-    """Windows to evaluate on: running text of the split that nothing was chosen on; see `BlockPruner.evaluate`."""
-    if num_samples is None and dataset == "c4":
-        num_samples = recipe.num_samples
-    # Windows that overlap need running text, not a choice of windows from all over it.
-    chosen = num_samples if stride is None else None
-    wanted = window_spec(recipe, num_samples=chosen, recipe="windows", split=held_out_split(dataset))
-    stack = find_blocks(model, recipe.stack)
-    text = windows_for(stack, dataset, tokenizer, wanted, reader_of(recipe, dataset))
-    if chosen != num_samples:
-        text = text.first(num_samples)
-    return fitted(text, model, stack.layout, tokenizer, masked=True, seed=recipe.seed)
-
-
-def windows_for(
-    stack: BlockStack,
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    spec: WindowSpec,
-    read: Reader = build_windows,
-) -> CalibrationWindows:
-    """Cuts windows that the model can read: no longer than its positions, no token outside its vocabulary."""
-    inputs = row_inputs(stack.model, stack.layout)
-    spec = WindowSpec(**{**vars(spec), "inputs": inputs, "max_length": positions_of(stack.layout)})
-    windows = read(dataset, tokenizer, spec)
-    vocabulary = vocabulary_of(stack.layout)
-    largest = int(windows.input_ids.max())
-    if largest >= vocabulary:
-        raise CalibrationError(
-            f"Token {largest} is outside the model's vocabulary of {vocabulary}: the tokenizer or the token ids "
-            "belong to another model."
-        )
-    return windows
-
-
-def _calibrate(
-    stack: BlockStack, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, report: PruningReport
-) -> CalibrationWindows | None:
-    """The windows as the strategy measures on them; `None` for one that measures nothing."""
-    strategy = get_strategy(recipe.strategy)
-    compensates = recipe.compensation != NONE
-    if not strategy.needs_data and not compensates:
-        if recipe.dataset is not None and (
-            recipe.budget not in QUALITY_BUDGETS or recipe.held_out_dataset is not None
-        ):
-            logger.warning(
-                f"Strategy '{recipe.strategy}' measures nothing; dataset={recipe.dataset!r:.80} has no effect."
-            )
-        return None
-    if recipe.dataset is None:
-        what = "Compensation" if compensates and not strategy.needs_data else f"Strategy '{recipe.strategy}'"
-        raise CalibrationError(
-            f"{what} measures the model on text: give dataset=... (--dataset PATH): wikitext2, "
-            "c4, alpaca, a .txt, .jsonl or .parquet file, or your own texts."
-        )
-    with report.timed("calibration"):
-        windows = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe), reader_of(recipe, recipe.dataset))
-        measured = strategy.needs_loss or compensates
-        return fitted(windows, stack.model, stack.layout, tokenizer, masked=measured, seed=recipe.seed)
-
-
-def _taught(
-    runner: BlockRunner, recipe: Recipe, windows: CalibrationWindows | None, report: PruningReport
-) -> CalibrationWindows | None:
-    """The windows with what the dense model predicts on them, where the search is to stay close to that."""
-    objective = recipe.objective or next(iter(get_strategy(recipe.strategy).objectives), None)
-    if windows is None or objective != "kl":
-        return windows
-    with report.timed("dense predictions"), Team.current().together():
-        return with_teacher(runner, windows, recipe.batch_size)
-
-
-def _held_out_part(
-    stack: BlockStack,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase | None,
-    windows: CalibrationWindows | None,
-) -> CalibrationWindows | None:
-    """Text that a budget of quality is held to: windows that are not calibrated on; `None` for other budgets."""
-    if recipe.budget not in QUALITY_BUDGETS:
-        return None
-    count, dataset = recipe.held_out_samples or recipe.num_samples, recipe.held_out_dataset
-    if dataset is not None:
-        split = held_out_split(dataset, ("validation", "test", "train"))
-        found = windows_for(
-            stack, dataset, tokenizer, window_spec(recipe, num_samples=count, recipe="windows", split=split)
-        )
-        refuse_shared(windows, found)
-    elif recipe.dataset is not None:
-        read = reader_of(recipe, recipe.dataset)
-        found = windows_for(stack, recipe.dataset, tokenizer, window_spec(recipe, beside=count), read)
-    else:
-        raise CalibrationError(
-            f"{recipe.budget} is held to text: give dataset=... (--dataset PATH), of which a part is held out, or "
-            "held_out_dataset=... (--held-out-dataset PATH)."
-        )
-    return fitted(found, stack.model, stack.layout, tokenizer, masked=True, seed=recipe.seed)
 
 
 def _check_choice(plan: PruningPlan, context: SearchContext, strategy: str) -> None:

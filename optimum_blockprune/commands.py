@@ -29,6 +29,7 @@ from .flags import (
     add_recipe,
     add_resuming,
     add_tasks,
+    add_width,
     add_writing,
     flag_of,
     groups,
@@ -40,7 +41,7 @@ from .processes import first_says_the_same, run_with_others
 
 
 # Commands whose work the processes of a launcher share; of the others the first process does all.
-_SHARED = ("plan", "run")
+_SHARED = ("mix", "plan", "run")
 
 
 def run_guarded(command: str, args: Namespace) -> None:
@@ -149,6 +150,26 @@ class ApplyCommand(ShellCommand):
         add_output(required)
         add_loading(optional)
         add_writing(optional, verify="keys")
+        add_json(optional)
+
+
+class MixCommand(ShellCommand):
+    """Splits a budget between depth and width by what held-out text says, and writes the pruned model."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declares the flags."""
+        required, optional = groups(parser)
+        add_model(required)
+        required.add_argument(
+            "--target-params", type=int, required=True, metavar="N", help=RECIPE["target_params"].metadata["help"]
+        )
+        add_output(required)
+        add_recipe(optional)
+        add_width(optional)
+        add_resuming(optional)
+        add_loading(optional)
+        add_writing(optional)
         add_json(optional)
 
 
@@ -290,6 +311,7 @@ class BlockPruneCommand(BaseOptimumCLICommand):
         _info("run", RunCommand),
         _info("plan", PlanCommand),
         _info("apply", ApplyCommand),
+        _info("mix", MixCommand),
         _info("heal", HealCommand),
         _info("evaluate", EvaluateCommand),
         _info("check", CheckCommand),

@@ -43,7 +43,7 @@ from .recipe import Recipe
 from .runner import BlockRunner
 from .stand_ins import hidden_of, hooks, incoming_hidden
 from .strategies.base import SearchContext
-from .streaming import source_of
+from .streaming import lies_elsewhere
 from .teacher import with_teacher
 from .writers import Writer, find_writer
 
@@ -105,7 +105,7 @@ def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, 
             "Compensation fits weights on some windows of text and judges them on others: give dataset=... with at "
             "least two windows, or compensation='none'."
         )
-    if source_of(runner.model) is not None or any(p.is_meta for p in runner.model.parameters()):
+    if lies_elsewhere(runner.model):
         raise UnsupportedModelError(
             f"{runner.stack.layout.subject}: compensation changes weights, which are streamed or offloaded here. Load "
             "the model on a device, or set compensation='none'."

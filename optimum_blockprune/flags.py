@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from typing import Any
 
@@ -54,11 +55,20 @@ def given_fields(args: Namespace) -> dict[str, Any]:
     """
     given = {name: getattr(args, name) for name in RECIPE if hasattr(args, name)}
     if "strategy_options" in given:
-        pairs = given["strategy_options"]
-        given["strategy_options"] = dict(pairs)
-        if len(given["strategy_options"]) < len(pairs):
-            raise ConfigurationError(f"--strategy-option names an option twice: {', '.join(key for key, _ in pairs)}.")
+        given["strategy_options"] = named_options("--strategy-option", given["strategy_options"])
     return given
+
+
+def named_options(flag: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Options by name.
+
+    Raises:
+        ConfigurationError: One was given twice.
+    """
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise ConfigurationError(f"{flag} names an option twice: {', '.join(key for key, _ in pairs)}.")
+    return options
 
 
 def given_settings(args: Namespace) -> dict[str, Any]:
@@ -105,6 +115,30 @@ def add_writing(group: Any, *, verify: str = "logits") -> None:
         "'keys' checks names and shapes only, for models too large to load twice (default: %(default)s).",
     )
     group.add_argument("--overwrite", action="store_true", help="Replace an output folder that is not empty.")
+
+
+def add_width(group: Any) -> None:
+    """Declares what a split between depth and width needs besides the configuration of the depth."""
+    group.add_argument(
+        "--width-strategy",
+        default="bip",
+        metavar="NAME",
+        help="Strategy that removes channels or heads, on the same text; --layout and --align are for it (default: "
+        "%(default)s).",
+    )
+    group.add_argument(
+        "--width-option",
+        action="append",
+        type=_option,
+        metavar="KEY=VALUE",
+        help="Option of the width strategy (default, of bip: families=mlp reduction=l2).",
+    )
+    group.add_argument(
+        "--counts",
+        type=number_list,
+        metavar="N,M,...",
+        help="Numbers of removed blocks to try (default: up to five, from none to as many as reach the target alone).",
+    )
 
 
 def add_resuming(group: Any) -> None:

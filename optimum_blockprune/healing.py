@@ -23,7 +23,6 @@ from .adapters import Merge, adapted, merged_weights, require_peft, target_layer
 from .batches import CalibrationWindows
 from .blocks import BlockStack, find_blocks
 from .calibration import WindowSpec
-from .choosing import windows_for
 from .environment import versions
 from .errors import CalibrationError, ConfigurationError, NonFiniteError, PlanError, UnsupportedModelError
 from .evaluation import EvaluationSpec, evaluate_model
@@ -37,6 +36,7 @@ from .losses import perplexity_of
 from .plan import PruningPlan
 from .processes import launched
 from .publishing import Publishing
+from .reading import windows_for
 from .report import PruningReport
 from .reproduce import healing_command
 from .resuming import Resumption, resumption

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import CalibrationWindows
 from .benchmark_tasks import evaluate_tasks
-from .choosing import held_out
 from .config import BlockPruningConfig
 from .depths import checked_counts, pruned_to
 from .errors import CalibrationError, PlanError
 from .evaluation import EvaluationSpec, evaluate_model, size_of
 from .loading import load_model
 from .plan import PruningPlan
+from .reading import held_out
 from .report import PruningReport
 
 

@@ -21,7 +21,9 @@ from .evaluation import size_of
 from .gate import Expectation, check_mode
 from .healing import Healing
 from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
+from .mixing import Mix, mixed
 from .plan import PruningPlan
+from .recipe import Recipe
 from .records import record
 from .report import PruningReport
 from .resuming import Resumption, resumption
@@ -195,6 +197,54 @@ class BlockPruner(Healing):
         return plan
 
     @in_step
+    def mix(
+        self,
+        target_params: int,
+        depth: BlockPruningConfig | None = None,
+        width: BlockPruningConfig | None = None,
+        *,
+        counts: Sequence[int] | None = None,
+        held_out_dataset: Any = None,
+        held_out_samples: int | None = None,
+        resume_dir: ResumeDir = None,
+    ) -> PruningPlan:
+        """Splits a budget between depth and width by what held-out text says; the model stays bit-identical.
+
+        Some numbers of blocks are tried, each together with the width that then reaches the target. The plan of the
+        split with the smallest KL divergence from the dense model is returned, and kept in `plan`, for
+        `prune(plan=...)`.
+
+        Args:
+            target_params: Parameters that the result may have at most.
+            depth: Chooses the blocks or half-blocks; without a budget. By default the configuration of this pruner.
+            width: Chooses channels and heads; without a budget. By default MLP channels by `bip` with `reduction=l2`,
+                on the same text as `depth`.
+            counts: Numbers of blocks to try; by default up to five, from none to as many as reach the target alone.
+            held_out_dataset: Text that decides, like `dataset`; by default windows of the text of `depth` that are not
+                calibrated on.
+            held_out_samples: Windows of it; by default as many as are calibrated on.
+            resume_dir: See `make_plan`.
+
+        Raises:
+            BlockPruningError: Whatever is wrong; see `mixing.mixed`. As much as possible before any text is read.
+        """
+        deep = (depth or self.config).recipe
+        wide = _same_text(deep) if width is None else width.recipe
+        wanted = Mix(
+            target_params, deep, wide, None if counts is None else tuple(counts), held_out_dataset, held_out_samples
+        )
+        report = PruningReport()
+        with resumption(resume_dir) as kept:
+
+            def ledgers(number: int, strategy: str) -> Keep:
+                return lambda fingerprint: kept.ledger(number, strategy, {"searches": "mix", **fingerprint})
+
+            plan = mixed(self.model, wanted, self.tokenizer, report, base_model=self._source, ledgers=ledgers)
+        self.plan, self.report.depths = plan, []
+        self.report.add_search(report)
+        return plan
+
+    @in_step
     def prune(
         self,
         save_dir: str | Path | None = None,
@@ -267,6 +317,13 @@ class BlockPruner(Healing):
                 journal.rollback()
             self._expected, self.report = before
             raise
+
+
+def _same_text(recipe: Recipe) -> Recipe:
+    """The best choice of MLP channels that we know, on the text of another recipe."""
+    text = ("dataset", "dataset_text_field", "num_samples", "seqlen", "batch_size", "seed", "use_chat_template")
+    kept = {name: getattr(recipe, name) for name in (*text, "calibration_recipe", "stack")}
+    return Recipe("bip", strategy_options={"families": "mlp", "reduction": "l2"}, **kept)
 
 
 def _refuse_resuming(resume_dir: ResumeDir) -> None:

@@ -34,6 +34,7 @@ from .report import PruningReport
 from .resuming import Resumption, resumption
 from .saving import check_output
 from .shell_heal import heal  # noqa: F401
+from .shell_mix import mix  # noqa: F401
 from .shell_parts import load_pruner, print_result, show_progress, writing
 from .shell_text import depth_table, described, listed, narrowed, removed, summary, table
 from .team import Team

@@ -62,6 +62,7 @@ _DEPTH_COLUMNS = (
     ("blocks", "blocks", "{:,}"),
     ("parameters", "parameters", "{:,}"),
     ("perplexity", "perplexity", "{:.2f}"),
+    ("kl", "held-out KL", "{:.4f}"),
     ("prefill_tokens_per_second", "prefill tokens/s", "{:.1f}"),
     ("decode_tokens_per_second", "decode tokens/s", "{:.1f}"),
 )

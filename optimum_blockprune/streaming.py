@@ -71,6 +71,11 @@ def source_of(model: nn.Module) -> Streamed | None:
     return _SOURCES.get(model)
 
 
+def lies_elsewhere(model: nn.Module) -> bool:
+    """Whether some weights are streamed or offloaded, so that nothing can be done to them."""
+    return source_of(model) is not None or any(each.is_meta for each in model.parameters())
+
+
 def load_streamed(
     path: str, config: PretrainedConfig, kind: Any, *, hub: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -21,6 +21,7 @@ from zoo import other_stacks
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, PruningStrategy, budgets, speedup
 from optimum_blockprune import choosing as choosing_module
+from optimum_blockprune import reading as reading_module
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.calibration import WindowSpec, build_windows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError, ResumeError
@@ -345,9 +346,9 @@ def test_another_text_can_be_held_out(tmp_path: Path) -> None:
 
 def test_a_data_set_with_splits_is_held_out_by_its_validation_split() -> None:
     order = ("validation", "test", "train")
-    assert choosing_module.held_out_split("wikitext2", order) == "validation"
-    assert choosing_module.held_out_split("alpaca", order) == "train"
-    assert choosing_module.held_out_split("wikitext2") == "test"
+    assert reading_module.held_out_split("wikitext2", order) == "validation"
+    assert reading_module.held_out_split("alpaca", order) == "train"
+    assert reading_module.held_out_split("wikitext2") == "test"
 
 
 # Size

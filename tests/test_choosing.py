@@ -18,8 +18,9 @@ from optimum_blockprune import choosing as choosing_module
 from optimum_blockprune.asked import num_to_remove
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec
-from optimum_blockprune.choosing import choose, held_out_split, window_spec, windows_for
+from optimum_blockprune.choosing import choose
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
+from optimum_blockprune.reading import held_out_split, window_spec, windows_for
 from optimum_blockprune.recipe import Recipe
 from optimum_blockprune.report import PruningReport
 from optimum_blockprune.runner import BlockRunner

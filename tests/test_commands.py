@@ -230,7 +230,7 @@ def test_help_shows_every_field_with_its_default(capsys, monkeypatch) -> None:
 
 def test_without_a_command_the_help_is_printed(capsys) -> None:
     run()
-    assert "{run,plan,apply,heal,evaluate,check,push,report,strategies}" in capsys.readouterr().out
+    assert "{run,plan,apply,mix,heal,evaluate,check,push,report,strategies}" in capsys.readouterr().out
 
 
 def test_the_parser_is_built_without_heavy_libraries() -> None:

@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_blockprune import BlockPruner, PruningPlan, PruningReport, passes
 from optimum_blockprune.batches import Batch
 from optimum_blockprune.blocks import find_blocks
-from optimum_blockprune.choosing import choose, window_spec, windows_for
+from optimum_blockprune.choosing import choose
 from optimum_blockprune.errors import ConfigurationError, PlanError, UnsupportedModelError
 from optimum_blockprune.half import PARTS, Half, Row
 from optimum_blockprune.ledger import Ledger
 from optimum_blockprune.loading import load_model
 from optimum_blockprune.measures import angular_distance, block_influence
+from optimum_blockprune.reading import window_spec, windows_for
 from optimum_blockprune.runner import BlockRunner
 
 

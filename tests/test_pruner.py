@@ -34,12 +34,12 @@ from optimum_blockprune import (
     PruningReport,
     available_strategies,
 )
-from optimum_blockprune import choosing as choosing_module
+from optimum_blockprune import reading as reading_module
 from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec
-from optimum_blockprune.choosing import windows_for
 from optimum_blockprune.errors import ConfigurationError, OutputError, PlanError, UnsupportedModelError
 from optimum_blockprune.evaluation import EvaluationSpec, evaluate_model
+from optimum_blockprune.reading import windows_for
 
 
 BUILT_IN = [name for name, info in available_strategies().items() if info.distribution == "optimum-blockprune"]
@@ -400,7 +400,7 @@ def test_named_data_sets_are_evaluated_on_held_out_text(name: str, split: str, m
         asked.append((dataset, spec.split, spec.num_samples))
         raise ConnectionError
 
-    monkeypatch.setattr(choosing_module, "windows_for", windows_for)
+    monkeypatch.setattr(reading_module, "windows_for", windows_for)
     with pytest.raises(ConnectionError):
         toy_pruner().evaluate(name)
     assert asked == [(name, split, 4 if name == "c4" else None)]

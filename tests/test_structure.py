@@ -56,7 +56,7 @@ LAYERS = (
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
     ("expectation", "teacher", "training"),
-    ("steps",),
+    ("reading", "steps"),
     ("greedy",),
     ("compensating",),
     ("run_costs",),
@@ -83,13 +83,13 @@ LAYERS = (
         "strategies.sleb",
     ),
     ("depths", "sequence", "source"),
-    ("file_folds", "measuring", "streamed_saving"),
+    ("file_folds", "measuring", "mixing", "streamed_saving"),
     ("checkpoint",),
     ("publishing",),
     ("healing",),
     ("pruner",),
     ("shell_parts",),
-    ("shell_heal",),
+    ("shell_heal", "shell_mix"),
     ("run", "shell"),
 )
 # Imports inside a function that point upwards: shortcuts for the user, and what only a command or a plug-in needs.
@@ -118,7 +118,7 @@ LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report
 LIGHT += ("folds", "healing_spec")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
-CHOOSERS = ("asked", "budgets", "compensating", "choosing", "greedy", "run_costs", "steps", "width_task")
+CHOOSERS = ("asked", "budgets", "compensating", "choosing", "greedy", "reading", "run_costs", "steps", "width_task")
 MAX_FILE, MAX_FUNCTION = 350, 60
 
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a target goes in depth and how much in width: a few splits are made, and held-out text decides.
+
+Each split removes a number of blocks (or as many pairs of half-blocks), and then channels or heads of what is left,
+until the target is reached; it is applied in place, measured, and taken back. The smallest KL divergence from the
+dense model on text that neither search saw wins. That splits are tried rather than predicted is our choice, after the
+finding of MultiPruner and 2SSP that neither depth nor width alone is best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from optimum.utils import logging
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .asked import any_choice, asked_for, removes
+from .batches import CalibrationWindows, refuse_shared
+from .blocks import find_blocks
+from .budget_rules import fewest_within
+from .choosing import Keep, Search, choose
+from .errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
+from .evaluation import size_of
+from .memory import BatchSize
+from .plan import PruningPlan
+from .reading import calibration_of, held_out_part
+from .recipe import BUDGET_FIELDS, Recipe
+from .registry import build_options, get_strategy
+from .report import PruningReport
+from .runner import BlockRunner
+from .sequence import apply_in_order
+from .streaming import lies_elsewhere
+from .surgery import apply_plan
+from .teacher import with_teacher
+from .team import Team
+
+
+logger = logging.get_logger("optimum.blockprune.mixing")
+
+# Our choice: splits that are tried unless they are named.
+SPLITS = 5
+# From the number of a search, counted from 1, and its strategy to what opens its ledger.
+Ledgers = Callable[[int, str], Keep]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is to be split, and what the splits are held to.
+
+    Attributes:
+        target_params: Parameters that the result may have at most.
+        depth: Chooses blocks or half-blocks; without a budget of its own.
+        width: Chooses channels and heads; without a budget of its own.
+        counts: Numbers of blocks to try; by default up to five, evenly spread from none to as many as reach the target
+            alone.
+        held_out_dataset: Text that decides, like `dataset` of a configuration; by default windows of the text of
+            `depth` that are not calibrated on.
+        held_out_samples: Windows of it; by default as many as `depth` calibrates on.
+
+    Raises:
+        ConfigurationError: These do not fit each other, whatever the model is.
+    """
+
+    target_params: int
+    depth: Recipe
+    width: Recipe
+    counts: tuple[int, ...] | None = None
+    held_out_dataset: Any = None
+    held_out_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, recipe, kind in (("depth", self.depth, "block"), ("width", self.width, "width")):
+            budgets = [field for field in BUDGET_FIELDS if getattr(recipe, field) is not None]
+            if budgets:
+                raise ConfigurationError(
+                    f"target_params is the budget of both parts: leave {' and '.join(budgets)} of '{name}' out."
+                )
+            if removes(recipe) != kind:
+                what = "blocks" if kind == "block" else "channels or heads"
+                raise ConfigurationError(f"'{name}' must remove {what}, which '{recipe.strategy}' does not.")
+        if (self.depth.stack or "decoder") != (self.width.stack or "decoder"):
+            raise ConfigurationError(
+                f"stack={self.depth.stack!r} and {self.width.stack!r}: both must be of one stack."
+            )
+        if self.depth.dataset is None and self.held_out_dataset is None:
+            raise CalibrationError(
+                "Held-out text decides between the splits: give dataset=... (--dataset PATH), of which a part is held "
+                "out, or held_out_dataset=... (--held-out-dataset PATH)."
+            )
+        for name, value, least in (("target_params", self.target_params, 1), ("held_out_samples", self.windows, 1)):
+            _check_number(name, value, least)
+        for count in self.counts or ():
+            _check_number("counts", count, 0)
+        if self.counts is not None and (not self.counts or len(set(self.counts)) != len(self.counts)):
+            raise ConfigurationError(f"counts={self.counts!r} must be different numbers of blocks, such as (0, 2, 4).")
+
+    @property
+    def windows(self) -> int:
+        """Windows of held-out text."""
+        return self.depth.num_samples if self.held_out_samples is None else self.held_out_samples
+
+
+@dataclass(frozen=True)
+class Split:
+    """What came of one split.
+
+    Attributes:
+        removed: Number of blocks that go.
+        parameters: What is left.
+        kl: KL(dense || this one) on the held-out text, nats per token; `None` if it is not finite.
+    """
+
+    removed: int
+    parameters: int
+    kl: float | None
+
+
+def mixed(
+    model: PreTrainedModel,
+    mix: Mix,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruningReport,
+    *,
+    base_model: str | None = None,
+    ledgers: Ledgers,
+) -> PruningPlan:
+    """Returns the plan of the best split; the model is as it was.
+
+    Its `details["mix"]` have the figures of all splits.
+
+    Args:
+        model: The dense model.
+        mix: What is wanted.
+        tokenizer: For text.
+        report: Gets what all searches cost.
+        base_model: Name of the dense model for the plan.
+        ledgers: Opens what earlier runs have measured.
+
+    Raises:
+        ConfigurationError: A recipe or a number of blocks does not fit the model, or the target cannot be reached;
+            before any text is read.
+        CalibrationError: Text is missing or too short, or what is held out was calibrated on.
+        UnsupportedModelError: The model cannot be pruned so, or its weights are not where they can be changed.
+        NonFiniteError: No split has a finite divergence.
+    """
+    return _Mixing(model, mix, tokenizer, report, base_model, ledgers).plan()
+
+
+class _Mixing:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mix: Mix,
+        tokenizer: PreTrainedTokenizerBase | None,
+        report: PruningReport,
+        base_model: str | None,
+        ledgers: Ledgers,
+    ) -> None:
+        self.model, self.mix, self.tokenizer, self.report = model, mix, tokenizer, report
+        self.base_model, self.ledgers = base_model, ledgers
+        self.stack = find_blocks(model, mix.depth.stack)
+        if lies_elsewhere(model):
+            raise UnsupportedModelError(
+                f"{self.stack.layout.subject}: splits are tried on the model, whose weights are streamed or offloaded "
+                "here. Load it on a device."
+            )
+        self.counts = self._counts()
+        self.depth = self._depth_search()
+        self.held_out = self._held_out()
+
+    def plan(self) -> PruningPlan:
+        """Tries all splits."""
+        found: list[tuple[Split, PruningPlan]] = []
+        with tqdm(total=len(self.counts), desc="Splits", leave=False) as bar:
+            for number, count in enumerate(self.counts, 1):
+                found.append(self._tried(number, count))
+                bar.update()
+        finite = [each for each in found if each[0].kl is not None]
+        if not finite:
+            raise NonFiniteError("The loss without what each split removes is NaN or infinite; choose other recipes.")
+        best, plan = min(finite, key=lambda each: each[0].kl)
+        logger.info(f"The best split removes {best.removed} blocks: KL {best.kl:.4f} nats per token on held-out text.")
+        details = {
+            "target_params": self.mix.target_params,
+            "removed": best.removed,
+            "held_out": self.held_out.describe(),
+            "trail": [asdict(split) for split, _ in found],
+        }
+        return plan.with_provenance(details={**plan.details, "mix": details})
+
+    def _counts(self) -> tuple[int, ...]:
+        """Numbers of blocks with which the target can be reached, as far as that can be told without a search."""
+        total, target = size_of(self.model)["parameters"], self.mix.target_params
+        if target >= total:
+            raise ConfigurationError(
+                f"target_params={target:,} leaves nothing to remove: the model has {total:,} parameters."
+            )
+        removable = _asked(self.mix.depth.with_num_blocks(1), self.stack)
+        sizes = sorted(sum(each.numel() for each in self.stack.blocks[block].parameters()) for block in removable)
+        sizes = sizes[: len(self.stack) - 1]
+        alone, _ = fewest_within(sizes, total, target)
+        most = alone or len(sizes)
+        even = {round(most * number / (SPLITS - 1)) for number in range(SPLITS)}
+        wanted, refused = self.mix.counts or tuple(sorted(even)), {}
+        if max(wanted) > 0:
+            _asked(self.mix.depth.with_num_blocks(max(wanted)), self.stack)
+        for count in wanted:
+            if alone is None or count < alone:
+                try:
+                    self._try_width(any_choice(self.stack.layout, removable, count))
+                except ConfigurationError as error:
+                    refused[count] = error
+                    logger.info(f"With {count} blocks less: {error}")
+        possible = tuple(count for count in wanted if count not in refused)
+        if refused and (self.mix.counts or all(alone is not None and count >= alone for count in possible)):
+            raise next(iter(refused.values()))
+        return possible
+
+    def _try_width(self, plan: PruningPlan) -> None:
+        """Raises what the width part would raise on a model without some blocks."""
+        journal = apply_plan(self.model, plan)
+        try:
+            _asked(self._narrower, find_blocks(self.model, self.mix.width.stack))
+        finally:
+            journal.rollback()
+
+    @property
+    def _narrower(self) -> Recipe:
+        return replace(self.mix.width, target_params=self.mix.target_params)
+
+    def _depth_search(self) -> Search | None:
+        most = max(self.counts)
+        if not most:
+            return None
+        recipe, report = self.mix.depth.with_num_blocks(most), self.report
+        keep = self.ledgers(1, recipe.strategy)
+        return Search(self.model, recipe, self.tokenizer, report, base_model=self.base_model, keep=keep)
+
+    def _held_out(self) -> CalibrationWindows:
+        """Windows that neither part sees, with what the dense model predicts there."""
+        mix, recipe = self.mix, self.mix.depth
+        seen = self.depth.windows if self.depth is not None else None
+        found = held_out_part(self.stack, recipe, self.tokenizer, seen, mix.held_out_dataset, mix.held_out_samples)
+        strategy = get_strategy(mix.width.strategy)()
+        if mix.width.dataset is not None:
+            refuse_shared(calibration_of(self.stack, mix.width, strategy, self.tokenizer, PruningReport()), found)
+        with self.report.timed("held-out text"), Team.current().together():
+            return with_teacher(BlockRunner(self.model, recipe.stack), found, recipe.batch_size)
+
+    def _tried(self, number: int, count: int) -> tuple[Split, PruningPlan]:
+        """Makes, applies, measures and takes back one split."""
+        makers: list[Callable[[], PruningPlan]] = []
+        if count:
+            shallower = self.depth.plan(count)
+            makers.append(lambda: shallower)
+            split, plan = self._measured(makers)
+            if split is not None:
+                return split, plan
+        made = PruningReport()
+        keep = self.ledgers(1 + number, self.mix.width.strategy)
+        makers.append(
+            lambda: choose(self.model, self._narrower, self.tokenizer, made, base_model=self.base_model, keep=keep)
+        )
+        split, plan = self._measured(makers)
+        self.report.add_search(made)
+        if split is None:  # the strategy of width keeps to its budget
+            raise ConfigurationError(
+                f"target_params={self.mix.target_params:,} is not reached with {count} blocks less."
+            )
+        return split, plan
+
+    def _measured(self, makers: Sequence[Callable[[], PruningPlan]]) -> tuple[Split | None, PruningPlan]:
+        """The plan of these steps and what is left of the model; `None` where that is more than the target."""
+        plan, _, journal = apply_in_order(self.model, makers, self.report)
+        try:
+            parameters = size_of(self.model)["parameters"]
+            if parameters > self.mix.target_params:
+                return None, plan
+            with self.report.timed("held-out text"):
+                kl = self._divergence()
+        finally:
+            journal.rollback()
+        split = Split(plan.num_removed, parameters, kl if math.isfinite(kl) else None)
+        logger.info(f"{plan.num_removed} blocks less, {parameters:,} parameters: KL {kl:.4f} on held-out text.")
+        return split, plan
+
+    def _divergence(self) -> float:
+        """Of the model as it is now, nats per token; measured by the first process for all."""
+        runner = BlockRunner(self.model, self.mix.depth.stack)
+
+        def measure(size: int) -> dict[str, Tensor]:
+            total, count = torch.zeros((), dtype=torch.float64), 0
+            for batch in self.held_out.batches(size):
+                loss, tokens = runner.nll(batch)
+                total, count = total + loss.cpu(), count + tokens
+            return {"kl": total / count}
+
+        size = BatchSize(self.mix.depth.batch_size)
+        return Team.current().from_first(lambda: size.run(measure))["kl"].item()
+
+
+def _asked(recipe: Recipe, stack: Any) -> tuple[int, ...]:
+    """The blocks that may go; raises whatever speaks against a recipe."""
+    strategy = get_strategy(recipe.strategy)()
+    options = build_options(type(strategy), recipe.strategy_options or {})
+    return asked_for(recipe, strategy, options, stack)[1]
+
+
+def _check_number(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name} must be a whole number from {least} on, not {value!r}.")
