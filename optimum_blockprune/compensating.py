@@ -12,8 +12,8 @@ goes into the module's weight: no tensor is added, no shape changes. Cuts are ta
 that the pruned model has by then, so that a cut also makes up for what those before it left over.
 
 Ours: the weighting (a norm reads every token at its own scale), the shrinkage towards the identity, the first token of
-a window left out (its activations are massive), and the judge: some windows take no part in the regression, and a map
-is kept only if the KL divergence between the dense and the pruned model falls on them.
+a window, which T is to leave alone (see `fitting`), and the judge: some windows take no part in the regression, and a
+map is kept only if the KL divergence between the dense and the pruned model falls on them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from .batches import Batch, CalibrationWindows
 from .branching import head_losses
 from .budget_rules import QUALITY_BUDGETS
 from .errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
+from .fitting import STRENGTHS, Tokens, fitting_part, solved, weights_of
 from .folding import Prepared
 from .folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
 from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
 from .halves import half_off
 from .losses import predicted
-from .measures import content_mask, fp64_zeros
+from .measures import fp64_zeros
 from .plan import PruningPlan
 from .recipe import Recipe
 from .runner import BlockRunner
@@ -52,8 +53,6 @@ logger = logging.get_logger("optimum.blockprune.compensating")
 
 NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
 _KINDS = {SCALE: (DIAGONAL,), RIDGE: (MATRIX,), AUTO: (DIAGONAL, MATRIX)}
-# Tried at every cut, times the mean diagonal of y'y; our choice.
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # One window in so many judges.
 _JUDGES = 8
 
@@ -127,13 +126,6 @@ def compensated(context: SearchContext, plan: PruningPlan, compensation: str) ->
     plan = _Compensation(context, plan, _KINDS[compensation]).plan()
     details = {"asked": compensation, **plan.details["compensation"]}
     return replace(plan, details={**plan.details, "compensation": details})
-
-
-def fitting_part(windows: CalibrationWindows, share: int) -> tuple[CalibrationWindows, CalibrationWindows]:
-    """The windows that maps are fitted on, and those that judge them: one in `share`, at least one."""
-    every = range(windows.num_windows)
-    judges = [row for row in every if row % share == share - 1] or [windows.num_windows - 1]
-    return windows.part([row for row in every if row not in judges]), windows.part(judges)
 
 
 def writer_before(runner: BlockRunner, before: Half, off: Collection[Unit]) -> Writer | None:
@@ -227,19 +219,17 @@ class _Compensation:
         found: dict[str, Tensor] = {}
         folds = Prepared(self.runner.stack.blocks, self.entries, self.tensors)
         for _, batch in self.context.batches(size, self.fitted):
-            tokens = content_mask(self.runner.positions(batch)).flatten().nonzero().squeeze(1)
+            tokens = Tokens.of(self.runner.positions(batch))
             seen: list[Tensor] = []
             with folds.on(), hooks() as hook:
                 hook(module.register_forward_hook(lambda _module, _args, output, seen=seen: seen.append(output)))
                 pruned = self.runner.run_to(batch, point.before.block, self.off)
-            added = seen[-1].reshape(-1, seen[-1].shape[-1])
-            picked = tokens.to(added.device)
-            y = added[picked].float() * writer.factor
-            z = self._wanted(batch, point.after).flatten(0, 1)[picked].float()
-            missing = z - hidden_of(pruned.value).flatten(0, 1)[picked].to(z.device).float()
-            weights = z.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+            y, z = tokens.fitted(seen[-1]) * writer.factor, tokens.fitted(self._wanted(batch, point.after))
+            missing = z - tokens.fitted(hidden_of(pruned.value)).to(z.device)
+            weights = weights_of(z)
+            still = tokens.first(seen[-1], weights) * writer.factor
             y, missing = y.to(z.device) * weights, missing * weights
-            for name, product in (("moments", y.T @ y), ("missing", y.T @ missing)):
+            for name, product in (("moments", y.T @ y), ("missing", y.T @ missing), ("still", still.T @ still)):
                 total = found.setdefault(name, fp64_zeros(product, *product.shape))
                 total += product.to(total.device).double()
         return {name: total.cpu() for name, total in found.items()}
@@ -274,23 +264,6 @@ class _Compensation:
         tokens = _predictions(self.judges)
         means = [loss / tokens for loss in found.tolist()]
         return [mean if math.isfinite(mean) else math.inf for mean in means]
-
-
-def solved(sums: dict[str, Tensor], kind: str, strength: float) -> Tensor:
-    """T (or its diagonal), fp32, from the sums over tokens and the strength of the shrinkage.
-
-    Args:
-        sums: `moments`, y'y [d, d], and `missing`, y'(z - x - y) [d, d], fp64.
-        kind: `"matrix"` or `"diagonal"`.
-        strength: Times the mean diagonal of y'y.
-    """
-    moments, missing = sums["moments"], sums["missing"]
-    shrinkage = strength * moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    if kind == DIAGONAL:
-        return (1 + missing.diagonal() / (moments.diagonal() + shrinkage)).float()
-    identity = torch.eye(len(moments), dtype=torch.float64)
-    change = torch.cholesky_solve(missing, torch.linalg.cholesky(moments + shrinkage * identity))
-    return (identity + change).float()
 
 
 def _predictions(windows: CalibrationWindows) -> int:

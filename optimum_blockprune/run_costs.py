@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .branching import head_losses
-from .compensating import fitting_part, solved, widest, writer_before
+from .compensating import widest, writer_before
 from .errors import NonFiniteError
+from .fitting import Tokens, fitting_part, solved, weights_of
 from .folding import Prepared
 from .folds import Fold
 from .half import MLP, PARTS, Half, units_of
 from .losses import predicted
-from .measures import content_mask, fp64_zeros
+from .measures import fp64_zeros
 from .runner import BlockOutput
 from .stand_ins import hooks
 from .strategies.base import SearchContext
@@ -38,7 +39,7 @@ from .writers import Writer
 
 # One window in so many judges; fewer where that is more than so many tokens.
 JUDGES, ENOUGH_TOKENS = 4, 1024
-STRENGTH = 1.0
+STRENGTH = 0.3
 # What the sums of the starts that one pass serves may take.
 _MAX_BYTES = 2**30
 
@@ -148,19 +149,19 @@ class _RunCosts:
         maps = {}
         for start in able:
             kind = widest(start.writer, self.compensation)
-            moments = sums[f"moments-{start.piece}"]
+            fixed = {name: sums[f"{name}-{start.piece}"] for name in ("moments", "still")}
             for count in start.counts:
-                missing = sums[f"missing-{start.piece}-{count}"]
-                if not (bool(torch.isfinite(moments).all()) and bool(torch.isfinite(missing).all())):
+                found = {**fixed, "missing": sums[f"missing-{start.piece}-{count}"]}
+                if not all(bool(torch.isfinite(each).all()) for each in found.values()):
                     raise NonFiniteError("NaN or infinity in the hidden states. Load the model in another dtype.")
-                maps[start.piece, count] = solved({"moments": moments, "missing": missing}, kind, STRENGTH)
+                maps[start.piece, count] = solved(found, kind, STRENGTH)
         return maps
 
     def _sums(self, starts: Sequence[_Start], size: int) -> dict[str, Tensor]:
-        """y'y by start, and y'(s_end - s_start) by run, over this process's tokens, in fp64."""
+        """y'y by start, first tokens apart, and y'(s_end - s_start) by run, over this process's tokens, in fp64."""
         sums: dict[str, Tensor] = {}
         for _, batch in self.context.batches(size, self.fitted):
-            tokens = content_mask(self.runner.positions(batch)).flatten().nonzero().squeeze(1)
+            tokens = Tokens.of(self.runner.positions(batch))
             watch = _Watch(starts, self.row.per_block, tokens, sums)
             with hooks() as hook:
                 for start in starts:
@@ -216,7 +217,7 @@ class _RunCosts:
 class _Watch:
     """Adds up what is seen of one batch; holds the stream at as many starts as a run may be long."""
 
-    def __init__(self, starts: Sequence[_Start], per_block: int, tokens: Tensor, sums: dict[str, Tensor]) -> None:
+    def __init__(self, starts: Sequence[_Start], per_block: int, tokens: Tokens, sums: dict[str, Tensor]) -> None:
         self._starts, self._per_block, self._tokens, self.sums = starts, per_block, tokens, sums
         self._written: dict[int, Tensor] = {}
         self._begun: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -225,30 +226,28 @@ class _Watch:
         """A forward hook of the module that writes in front of `start`."""
 
         def keep(_module: nn.Module, _args: object, output: Tensor) -> None:
-            self._written[start.piece] = self._picked(output) * start.writer.factor
+            self._written[start.piece] = output * start.writer.factor
 
         return keep
 
     def reached(self, position: int, hidden: Tensor) -> None:
         """The stream at a boundary."""
-        state = self._picked(hidden)
+        state = self._tokens.fitted(hidden)
         for start in self._starts:
             count, rest = divmod(position - start.piece, self._per_block)
             if position == start.piece:
-                weights = state.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-                added = self._written.pop(position).to(state.device) * weights
+                weights, written = weights_of(state), self._written.pop(position)
+                added = self._tokens.fitted(written).to(state.device) * weights
+                still = self._tokens.first(written, weights)
                 self._begun[position] = state, weights, added
                 self._add(f"moments-{position}", added.T @ added)
+                self._add(f"still-{position}", still.T @ still)
             elif rest == 0 and count in start.counts:
                 before, weights, added = self._begun[start.piece]
                 missing = (state.to(before.device) - before) * weights
                 self._add(f"missing-{start.piece}-{count}", added.T @ missing)
                 if count == start.counts[-1]:
                     del self._begun[start.piece]
-
-    def _picked(self, hidden: Tensor) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return flat[self._tokens.to(flat.device)].float()
 
     def _add(self, name: str, product: Tensor) -> None:
         total = self.sums.setdefault(name, fp64_zeros(product, *product.shape))

@@ -56,7 +56,7 @@ LAYERS = (
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
     ("expectation", "teacher", "training"),
-    ("reading", "steps"),
+    ("fitting", "reading", "steps"),
     ("greedy",),
     ("compensating",),
     ("run_costs",),
