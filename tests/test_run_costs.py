@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, run_costs
 from optimum_blockprune.batches import CalibrationWindows
-from optimum_blockprune.compensating import fitting_part
 from optimum_blockprune.errors import ConfigurationError, NonFiniteError
+from optimum_blockprune.fitting import fitting_part
 from optimum_blockprune.folding import Prepared
 from optimum_blockprune.folds import Fold
 from optimum_blockprune.half import Half
@@ -48,12 +48,10 @@ def context_for(model: PreTrainedModel, count: int, **changes: Any) -> SearchCon
 
 
 def streams(runner: BlockRunner, windows: CalibrationWindows, per_block: int) -> list[Tensor]:
-    """The stream [tokens, d] at every boundary, fp64, without the first token of each window."""
+    """The stream [windows, tokens, d] at every boundary, fp64."""
     seen: dict[int, list[Tensor]] = {}
     for batch in windows.batches(1):
-        runner.stream(
-            batch, lambda at, hidden: seen.setdefault(at, []).append(hidden[0, 1:].double()), per_block=per_block
-        )
+        runner.stream(batch, lambda at, hidden: seen.setdefault(at, []).append(hidden.double()), per_block=per_block)
     return [torch.cat(seen[at]) for at in sorted(seen)]
 
 
@@ -63,13 +61,16 @@ def cost_by_hand(context: SearchContext, family: str, first: int, count: int) ->
     fitted, judges = fitting_part(context.windows, run_costs.JUDGES)
     states = streams(runner, fitted, 2)
     begin, end = 2 * first // per_block, 2 * first // per_block + 2 * count
-    added = states[begin] - states[begin - 1]
-    weights = 1 / states[begin].norm(dim=1, keepdim=True)
-    added, missing = added * weights, (states[end] - states[begin]) * weights
+    written = states[begin] - states[begin - 1]
+    weights = 1 / states[begin][:, 1:].norm(dim=-1, keepdim=True)
+    still = written[:, 0] * weights.square().mean(1).sqrt()
+    added, missing = (
+        (each * weights).flatten(0, 1) for each in (written[:, 1:], (states[end] - states[begin])[:, 1:])
+    )
     width = added.shape[1]
     shrinkage = run_costs.STRENGTH * (added.T @ added).diagonal().mean()
-    rows = torch.cat([added, shrinkage.sqrt() * torch.eye(width, dtype=torch.float64)])
-    wanted = torch.cat([missing, torch.zeros(width, width, dtype=torch.float64)])
+    rows = torch.cat([added, still, shrinkage.sqrt() * torch.eye(width, dtype=torch.float64)])
+    wanted = torch.cat([missing, torch.zeros(len(still) + width, width, dtype=torch.float64)])
     change = torch.linalg.lstsq(rows, wanted).solution
     half = Half((begin - 1) // 2, ("attention", "mlp")[(begin - 1) % 2])
     fold = Fold(half.block, WRITERS[family][half.part], "matrix", int(family == "gpt2"), 0.0, "map")
