@@ -3,31 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .errors import PlanError
 from .widths import Narrowing, UnitGroup, Width
 
 
-def composed(first: Width, second: Width, kept_blocks: Sequence[int]) -> Width:
+# An original block number for a block of a pruned model and a module in it, and whether such a place stays.
+Origin = Callable[[int, str], int]
+Stays = Callable[[int, str], bool]
+
+
+def composed(first: Width, second: Width, origin: Origin, stays: Stays) -> Width:
     """One width for two that were applied one after the other.
 
     Args:
         first: Of the dense model.
         second: Of what `first` left; its block numbers are those of that model.
-        kept_blocks: Original numbers of the blocks of that model.
+        origin: The original block that a module of a block of that model comes from.
+        stays: Whether a module of an original block is in the result.
 
     Raises:
         PlanError: Together they are of no one layout.
     """
+    # What goes need not agree in width with what the second plan narrows.
+    first = _of_places(first, stays)
     if not second:
-        return _of_blocks(first, set(kept_blocks))
-    moved = Width(
-        second.layout,
-        second.groups,
-        tuple(replace(each, block=kept_blocks[each.block]) for each in second.narrowed),
-        second.padded_to,
+        return first
+    writers = [group.writer for group in second.groups]
+    moved = replace(
+        second,
+        narrowed=tuple(replace(each, block=origin(each.block, writers[each.group])) for each in second.narrowed),
     )
     if not first:
         return moved
@@ -36,12 +43,12 @@ def composed(first: Width, second: Width, kept_blocks: Sequence[int]) -> Width:
             f"Widths of layout '{first.layout}' and '{second.layout}' cannot be joined in one plan; use 'uniform' or "
             "'per_layer' for both, or prune twice into two folders."
         )
-    return _joined(first, moved, set(kept_blocks))
+    return _joined(first, moved)
 
 
-def _of_blocks(width: Width, alive: set[int]) -> Width:
-    """What is left of a width when other blocks go; groups that nobody has any more go with them."""
-    narrowed = [each for each in width.narrowed if each.block in alive]
+def _of_places(width: Width, stays: Stays) -> Width:
+    """What is left of a width when others go; groups that nobody has any more go with them."""
+    narrowed = [each for each in width.narrowed if stays(each.block, width.groups[each.group].writer)]
     if not narrowed:
         return Width()
     used = sorted({each.group for each in narrowed})
@@ -53,9 +60,9 @@ def _of_blocks(width: Width, alive: set[int]) -> Width:
     )
 
 
-def _joined(first: Width, second: Width, alive: set[int]) -> Width:
+def _joined(first: Width, second: Width) -> Width:
     groups = list(first.groups)
-    found = {(each.block, each.group): each for each in first.narrowed if each.block in alive}
+    found = {(each.block, each.group): each for each in first.narrowed}
     for each in second.narrowed:
         theirs = second.groups[each.group]
         same = [
