@@ -249,7 +249,16 @@ class _Mixing:
         found = held_out_part(self.stack, recipe, self.tokenizer, seen, mix.held_out_dataset, mix.held_out_samples)
         strategy = get_strategy(mix.width.strategy)()
         if mix.width.dataset is not None:
-            refuse_shared(calibration_of(self.stack, mix.width, strategy, self.tokenizer, PruningReport()), found)
+            others = calibration_of(self.stack, mix.width, strategy, self.tokenizer, PruningReport())
+            try:
+                refuse_shared(others, found)
+            except CalibrationError as error:
+                if mix.held_out_dataset is not None:
+                    raise
+                raise CalibrationError(
+                    "'width' calibrates on windows that are held out from 'depth': give both the same num_samples, "
+                    "seqlen and seed, or give held_out_dataset=... (--held-out-dataset PATH)."
+                ) from error
         with self.report.timed("held-out text"), Team.current().together():
             return with_teacher(BlockRunner(self.model, recipe.stack), found, recipe.batch_size)
 

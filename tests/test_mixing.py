@@ -129,6 +129,16 @@ def test_a_search_that_does_not_know_its_smaller_choices_chooses_anew() -> None:
     assert size_of(pruned)["parameters"] <= plan.details["mix"]["target_params"]
 
 
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_half_blocks_and_channels_share_a_budget(layout: str, tmp_path: Path) -> None:
+    pruner = pruner_of(unit="half_block", strategy="random", seed=3)
+    plan = pruner.mix(target_of(pruner, 2.4), width=width(layout=layout, seed=3), counts=(2,))
+    assert len(plan.removed_halves) == 4 and plan.num_removed == 2 and plan.width.layout == layout
+    pruner.prune(tmp_path / "out", plan=plan)
+    again = BlockPruner.load_pruned(tmp_path / "out")
+    assert torch.equal(plain_logits(again, random_ids()), plain_logits(pruner.model, random_ids()))
+
+
 def test_by_default_channels_go_by_bip_on_the_same_text() -> None:
     pruner = pruner_of()
     target = target_of(pruner, 1.5)
@@ -188,7 +198,7 @@ def test_what_decides_was_not_calibrated_on() -> None:
     with pytest.raises(CalibrationError, match="windows of held_out_dataset are windows of dataset"):
         pruner.mix(target_of(pruner, 1.5), width=width(), counts=(1,), held_out_dataset=TEXTS)
     # Nor by the other part: its windows are all of the text.
-    with pytest.raises(CalibrationError, match="windows of held_out_dataset are windows of dataset"):
+    with pytest.raises(CalibrationError, match="'width' calibrates on windows that are held out from 'depth'"):
         pruner.mix(target_of(pruner, 1.5), width=width(num_samples=16), counts=(1,))
 
 
