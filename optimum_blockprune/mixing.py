@@ -171,6 +171,8 @@ class _Mixing:
                 "here. Load it on a device."
             )
         self.counts = self._counts()
+        # Of its own: each plan of the depth says anew what the search has cost by then.
+        self._depth_report = PruningReport()
         self.depth = self._depth_search()
         self.held_out = self._held_out()
 
@@ -181,6 +183,7 @@ class _Mixing:
             for number, count in enumerate(self.counts, 1):
                 found.append(self._tried(number, count))
                 bar.update()
+        self.report.add_search(self._depth_report)
         finite = [each for each in found if each[0].kl is not None]
         if not finite:
             raise NonFiniteError("The loss without what each split removes is NaN or infinite; choose other recipes.")
@@ -238,7 +241,7 @@ class _Mixing:
         most = max(self.counts)
         if not most:
             return None
-        recipe, report = self.mix.depth.with_num_blocks(most), self.report
+        recipe, report = self.mix.depth.with_num_blocks(most), self._depth_report
         keep = self.ledgers(1, recipe.strategy)
         return Search(self.model, recipe, self.tokenizer, report, base_model=self.base_model, keep=keep)
 

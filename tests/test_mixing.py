@@ -256,6 +256,19 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "kept").exists()
 
 
+def test_the_report_counts_all_searches() -> None:
+    spent = []
+    for counts in ((2,), (1, 2)):
+        pruner = pruner_of()
+        pruner.mix(target_of(pruner, 2.5), width=width(), counts=counts)
+        spent.append(pruner.report.block_forwards)
+    # The same search of the depth, and one more of the width.
+    pruner.make_plan([depth(num_blocks=1), width(target_params=target_of(pruner, 2.5))])
+    both = pruner.report.block_forwards
+    pruner.make_plan(depth(num_blocks=1))
+    assert spent[1] - spent[0] == both - pruner.report.block_forwards > 0
+
+
 def test_report_and_card_say_what_was_tried(tmp_path: Path) -> None:
     pruner = pruner_of()
     plan = pruner.mix(target_of(pruner, 1.5), width=width(), counts=(1,))
