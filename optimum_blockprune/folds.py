@@ -9,7 +9,7 @@ that the plan names it and a file beside the plan holds it: safetensors under an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,20 +157,20 @@ class Folds:
         return folds
 
 
-def joined_folds(first: Folds, second: Folds, origin: Callable[[int, str], int]) -> Folds:
+def joined_folds(first: Folds, second: Folds, kept: tuple[int, ...]) -> Folds:
     """The maps of two plans, one after the other.
 
     Args:
         first: Of the first plan.
         second: Of a plan for what the first leaves.
-        origin: The original block that a module of a block comes from which the first plan leaves.
+        kept: The original number of each block that the first plan leaves.
     """
     if not second:
         return first
     entries, held = list(first.entries), dict(first.tensors())
     for number, each in enumerate(second.entries):
         name = f"{each.tensor}+{len(first.entries) + number}"
-        entries.append(replace(each, block=origin(each.block, each.module), tensor=name))
+        entries.append(replace(each, block=kept[each.block], tensor=name))
         held[name] = second.tensors()[each.tensor]
     return Folds(tuple(entries), digest_of(held), held=held)
 

@@ -3,38 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .errors import PlanError
 from .widths import Narrowing, UnitGroup, Width
 
 
-# An original block number for a block of a pruned model and a module in it, and whether such a place stays.
-Origin = Callable[[int, str], int]
-Stays = Callable[[int, str], bool]
-
-
-def composed(first: Width, second: Width, origin: Origin, stays: Stays) -> Width:
+def composed(first: Width, second: Width, kept_blocks: Sequence[int]) -> Width:
     """One width for two that were applied one after the other.
 
     Args:
         first: Of the dense model.
         second: Of what `first` left; its block numbers are those of that model.
-        origin: The original block that a module of a block of that model comes from.
-        stays: Whether a module of an original block is in the result.
+        kept_blocks: Original numbers of the blocks of that model.
 
     Raises:
         PlanError: Together they are of no one layout.
     """
-    # What goes need not agree in width with what the second plan narrows.
-    first = _of_places(first, stays)
     if not second:
-        return first
-    writers = [group.writer for group in second.groups]
-    moved = replace(
-        second,
-        narrowed=tuple(replace(each, block=origin(each.block, writers[each.group])) for each in second.narrowed),
+        return _of_blocks(first, set(kept_blocks))
+    moved = Width(
+        second.layout,
+        second.groups,
+        tuple(replace(each, block=kept_blocks[each.block]) for each in second.narrowed),
+        second.padded_to,
     )
     if not first:
         return moved
@@ -43,12 +36,12 @@ def composed(first: Width, second: Width, origin: Origin, stays: Stays) -> Width
             f"Widths of layout '{first.layout}' and '{second.layout}' cannot be joined in one plan; use 'uniform' or "
             "'per_layer' for both, or prune twice into two folders."
         )
-    return _joined(first, moved)
+    return _joined(first, moved, set(kept_blocks))
 
 
-def _of_places(width: Width, stays: Stays) -> Width:
-    """What is left of a width when others go; groups that nobody has any more go with them."""
-    narrowed = [each for each in width.narrowed if stays(each.block, width.groups[each.group].writer)]
+def _of_blocks(width: Width, alive: set[int]) -> Width:
+    """What is left of a width when other blocks go; groups that nobody has any more go with them."""
+    narrowed = [each for each in width.narrowed if each.block in alive]
     if not narrowed:
         return Width()
     used = sorted({each.group for each in narrowed})
@@ -60,9 +53,9 @@ def _of_places(width: Width, stays: Stays) -> Width:
     )
 
 
-def _joined(first: Width, second: Width) -> Width:
+def _joined(first: Width, second: Width, alive: set[int]) -> Width:
     groups = list(first.groups)
-    found = {(each.block, each.group): each for each in first.narrowed}
+    found = {(each.block, each.group): each for each in first.narrowed if each.block in alive}
     for each in second.narrowed:
         theirs = second.groups[each.group]
         same = [

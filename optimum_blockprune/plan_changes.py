@@ -11,8 +11,9 @@ from typing import Any
 
 from .errors import PlanError
 from .folds import joined_folds
-from .half import ATTENTION, MLP, Half, sorted_halves
+from .half import Half
 from .joining import composed
+from .widths import Width
 
 
 def truncated(plan: Any, num_blocks: int) -> Any:
@@ -64,40 +65,26 @@ def followed(first: Any, second: Any) -> Any:
             f"The second plan is for {second.num_blocks} blocks of '{second.model_type}' ({second.stack}); the "
             f"first leaves {len(first.blocks)} of '{first.model_type}' ({first.stack})."
         )
-    halves = dict(first.halves if first.removed_halves else second.halves)
-    sources = first.blocks
-
-    def origin(block: int, module: str) -> int:
-        part = halves.get(module.partition(".")[0], ATTENTION)
-        return sources[block].mlp if part == MLP else sources[block].attention
-
-    parts = [part for plan in (first, second) for part in plan.parts()]
-    fields = {
-        "stack": first.stack,
-        "strategy": "+".join(part["strategy"] for part in parts),
-        "base_model": first.base_model,
-        "requested": {},
-        "details": {"parts": parts},
-        "calibration": first.calibration or second.calibration,
-        "seed": first.seed,
-        "versions": second.versions or first.versions,
-    }
     if first.removed_halves or second.removed_halves:
-        theirs = [
-            Half(sources[half.block].mlp if half.part == MLP else sources[half.block].attention, half.part)
-            for half in _in_order(second)
-        ]
-        order = [*_in_order(first), *theirs]
-        joined = type(first).from_halves(first.model_type, first.num_blocks, order, halves, **fields)
-    else:
-        gone = (*first.removed_blocks, *(sources[block].attention for block in second.removed_blocks))
-        joined = type(first).from_removed(first.model_type, first.num_blocks, gone, **fields)
-    width = composed(
-        first.width, second.width, origin, lambda block, module: joined.new_place(block, module) is not None
+        raise PlanError("A plan that removes half-blocks is not joined with another one; prune into two folders.")
+    kept = first.kept_blocks
+    gone = (*first.removed_blocks, *(kept[block] for block in second.removed_blocks))
+    parts = [part for plan in (first, second) for part in plan.parts()]
+    blocks = tuple(kept[block] for block in second.kept_blocks)
+    # What the second plan removes whole need not agree in width with what it narrows.
+    width = composed(composed(first.width, Width(), blocks), second.width, kept)
+    return type(first).from_removed(
+        first.model_type,
+        first.num_blocks,
+        gone,
+        width=width,
+        folds=joined_folds(first.folds, second.folds, kept),
+        stack=first.stack,
+        strategy="+".join(part["strategy"] for part in parts),
+        base_model=first.base_model,
+        requested={},
+        details={"parts": parts},
+        calibration=first.calibration or second.calibration,
+        seed=first.seed,
+        versions=second.versions or first.versions,
     )
-    return joined.with_provenance(width=width, folds=joined_folds(first.folds, second.folds, origin))
-
-
-def _in_order(plan: Any) -> list[Half]:
-    """The halves that a plan removes, in the order of removal."""
-    return [half for unit in plan.removed_units for half in sorted_halves([unit])]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from .errors import PlanError
@@ -46,17 +46,13 @@ def check_parts(plan: Any) -> None:
             )
         _check_numbers(plan)
     _check_smaller(plan)
-    writers = [group.writer for group in plan.width.groups]
-    _check_kept(plan, "narrows", {(each.block, writers[each.group]) for each in plan.width.narrowed})
-    _check_kept(plan, "folds statistics into", {(each.block, each.module) for each in plan.folds.entries})
-
-
-def _check_kept(plan: Any, does: str, places: Set[tuple[int, str]]) -> None:
-    """What is changed in a block is in a half of it that stays."""
-    for block, module in sorted(places):
-        if plan.new_place(block, module) is None:
-            half = f"{module} of block {block}" if plan.removed_halves else f"block {block}"
-            raise PlanError(f"The plan {does} {half}, which it does not keep.")
+    lost = sorted({each.block for each in plan.width.narrowed} - set(plan.kept_blocks))
+    if lost:
+        raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")
+    kept = {block for source in plan.blocks for block in (source.attention, source.mlp)}
+    lost = sorted({each.block for each in plan.folds.entries} - kept)
+    if lost:
+        raise PlanError(f"The plan folds statistics into block {lost[0]}, which it does not keep.")
 
 
 def _check_numbers(plan: Any) -> None:
@@ -119,6 +115,8 @@ def _check_halves(plan: Any) -> None:
     if set(plan.removed_blocks) != blocks_off(gone):
         raise PlanError(f"The blocks that lost both halves are {sorted(blocks_off(gone))}; the plan says otherwise.")
     _check_modules(plan)
+    if plan.width:
+        raise PlanError("A plan that removes half-blocks removes nothing else.")
 
 
 def check_types(plan: Any) -> None:

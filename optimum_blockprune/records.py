@@ -124,9 +124,9 @@ def _widths(plan: PruningPlan, blocks: nn.ModuleList) -> dict[str, Any]:
     found: dict[str, Any] = {"layout": width.layout, "units": units}
     if width.layout == "padded":
         found["padding_parameters"] = sum(
-            (width.stored(each) - len(each.kept)) * unit_cost(blocks[plan.new_place(each.block, group.writer)], group)
+            (width.stored(each) - len(each.kept))
+            * unit_cost(blocks[plan.kept_blocks.index(each.block)], width.groups[each.group])
             for each in width.narrowed
-            for group in (width.groups[each.group],)
         )
     return found
 
