@@ -103,7 +103,7 @@ def test_optimum_cli_still_works() -> None:
 
 
 def test_optimum_cli_knows_the_command() -> None:
-    assert "{run,plan,apply,heal,evaluate,check,push,report,strategies}" in optimum_cli("blockprune")
+    assert "{run,plan,apply,mix,heal,evaluate,check,push,report,strategies}" in optimum_cli("blockprune")
 
 
 FIND = """
