@@ -9,7 +9,7 @@ that the plan names it and a file beside the plan holds it: safetensors under an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,21 +157,29 @@ class Folds:
         return folds
 
 
-def joined_folds(first: Folds, second: Folds, kept: tuple[int, ...]) -> Folds:
+def joined_folds(
+    first: Folds, second: Folds, old_place: Callable[[int, str], int], stays: Callable[[int, str], bool]
+) -> Folds:
     """The maps of two plans, one after the other.
 
     Args:
         first: Of the first plan.
         second: Of a plan for what the first leaves.
-        kept: The original number of each block that the first plan leaves.
+        old_place: Gives the original block of a module, by the block that the first plan leaves and its name.
+        stays: Tells whether a module of an original block is there after both plans; maps of others go with them.
     """
-    if not second:
+    entries = [each for each in first.entries if stays(each.block, each.module)]
+    if not second and len(entries) == len(first.entries):
         return first
-    entries, held = list(first.entries), dict(first.tensors())
-    for number, each in enumerate(second.entries):
-        name = f"{each.tensor}+{len(first.entries) + number}"
-        entries.append(replace(each, block=kept[each.block], tensor=name))
-        held[name] = second.tensors()[each.tensor]
+    earlier, later = first.tensors(), second.tensors()
+    held = {each.tensor: earlier[each.tensor] for each in entries}
+    for each in second.entries:
+        number = len(entries)
+        while f"{each.tensor}+{number}" in held:  # of a map before those that went
+            number += 1
+        name = f"{each.tensor}+{number}"
+        entries.append(replace(each, block=old_place(each.block, each.module), tensor=name))
+        held[name] = later[each.tensor]
     return Folds(tuple(entries), digest_of(held), held=held)
 
 

@@ -41,6 +41,18 @@ class Half(NamedTuple):
         return 2 * self.block + (self.part == MLP)
 
 
+@dataclass(frozen=True)
+class BlockSource:
+    """Where one block of the result comes from: original block indices of its two halves."""
+
+    attention: int
+    mlp: int
+
+    def of(self, part: str) -> int:
+        """The original block of one of its halves."""
+        return self.mlp if part == MLP else self.attention
+
+
 def pair_name(first: Half, second: Half) -> int | str:
     """Name of two halves that go together: the block's number where they are of one block."""
     return first.block if first.block == second.block else f"{first}+{second}"

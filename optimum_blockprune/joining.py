@@ -3,30 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .errors import PlanError
 from .widths import Narrowing, UnitGroup, Width
 
 
-def composed(first: Width, second: Width, kept_blocks: Sequence[int]) -> Width:
+def composed(
+    first: Width, second: Width, old_place: Callable[[int, str], int], stays: Callable[[int, str], bool]
+) -> Width:
     """One width for two that were applied one after the other.
 
     Args:
         first: Of the dense model.
-        second: Of what `first` left; its block numbers are those of that model.
-        kept_blocks: Original numbers of the blocks of that model.
+        second: Of what the first plan left; its block numbers are those of that model.
+        old_place: Gives the original block of a module, by the block of that model in which it lies and its name.
+        stays: Tells whether a module of an original block, by its number and its name, is there after both plans.
 
     Raises:
         PlanError: Together they are of no one layout.
     """
+    # What the second plan removes whole need not agree in width with what it narrows.
+    first = _that_stays(first, stays)
     if not second:
-        return _of_blocks(first, set(kept_blocks))
+        return first
     moved = Width(
         second.layout,
         second.groups,
-        tuple(replace(each, block=kept_blocks[each.block]) for each in second.narrowed),
+        tuple(
+            replace(each, block=old_place(each.block, second.groups[each.group].writer)) for each in second.narrowed
+        ),
         second.padded_to,
     )
     if not first:
@@ -36,12 +43,12 @@ def composed(first: Width, second: Width, kept_blocks: Sequence[int]) -> Width:
             f"Widths of layout '{first.layout}' and '{second.layout}' cannot be joined in one plan; use 'uniform' or "
             "'per_layer' for both, or prune twice into two folders."
         )
-    return _joined(first, moved, set(kept_blocks))
+    return _joined(first, moved)
 
 
-def _of_blocks(width: Width, alive: set[int]) -> Width:
-    """What is left of a width when other blocks go; groups that nobody has any more go with them."""
-    narrowed = [each for each in width.narrowed if each.block in alive]
+def _that_stays(width: Width, stays: Callable[[int, str], bool]) -> Width:
+    """What is left of a width when blocks or halves go; groups that nobody has any more go with them."""
+    narrowed = [each for each in width.narrowed if stays(each.block, width.groups[each.group].writer)]
     if not narrowed:
         return Width()
     used = sorted({each.group for each in narrowed})
@@ -53,9 +60,9 @@ def _of_blocks(width: Width, alive: set[int]) -> Width:
     )
 
 
-def _joined(first: Width, second: Width, alive: set[int]) -> Width:
+def _joined(first: Width, second: Width) -> Width:
     groups = list(first.groups)
-    found = {(each.block, each.group): each for each in first.narrowed if each.block in alive}
+    found = {(each.block, each.group): each for each in first.narrowed}
     for each in second.narrowed:
         theirs = second.groups[each.group]
         same = [

@@ -49,7 +49,7 @@ def narrowed_class(kind: type[PreTrainedModel], plan: PruningPlan) -> type[PreTr
             _require_fit(plan, blocks)
             for each in plan.width.narrowed:
                 group = plan.width.groups[each.group]
-                block = blocks[plan.kept_blocks.index(each.block)]
+                block = blocks[plan.new_place(each.block, group.writer)]
                 narrow(block, group, each.kept, len(each.kept), setattr, own_config=True)
 
     Narrowed.__name__, Narrowed.__qualname__, Narrowed.__module__ = kind.__name__, kind.__qualname__, kind.__module__
@@ -63,7 +63,8 @@ def _require_fit(plan: PruningPlan, blocks: nn.ModuleList) -> None:
     )
     for each in plan.width.narrowed if problem is None else ():
         group = plan.width.groups[each.group]
-        shapes = {name: t.shape for name, t in blocks[plan.kept_blocks.index(each.block)].named_parameters()}
+        block = blocks[plan.new_place(each.block, group.writer)]
+        shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
         for cut in group.tensors:
             if cut.name not in shapes or shapes[cut.name][cut.axis] != cut.size(group.units):
                 problem = problem or f"it cuts '{cut.name}' into {group.units} units, which does not fit"

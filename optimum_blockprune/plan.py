@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import PlanError
 from .folds import FOLDS_SUFFIX, Folds
-from .half import ATTENTION, MLP, Half, Unit, joined_halves, read_units, sorted_halves
+from .half import ATTENTION, BlockSource, Half, Unit, joined_halves, read_units, sorted_halves
 from .json_values import json_fault, read_json
 from .plan_changes import followed, truncated
 from .plan_rules import PART_FIELDS, check_parts, check_types
@@ -26,14 +26,6 @@ from .widths import Width
 
 PLAN_FILE = "pruning_plan.json"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class BlockSource:
-    """Where one block of the result comes from: original block indices of its two halves."""
-
-    attention: int
-    mlp: int
 
 
 @dataclass(frozen=True)
@@ -116,15 +108,23 @@ class PruningPlan:
         """What is switched off in the dense model to make it equal the pruned one."""
         return tuple(map(Half.read, self.removed_halves)) or self.removed_blocks
 
+    def part_of(self, module: str) -> str:
+        """The half that a module of a block belongs to; the block itself goes with its attention half."""
+        return self.halves.get(module.partition(".")[0], ATTENTION)
+
+    def old_place(self, block: int, module: str) -> int:
+        """Number of the original block from which a module of a block of the result comes."""
+        return self.blocks[block].of(self.part_of(module))
+
     def new_place(self, block: int, module: str) -> int | None:
         """Number of the block of the result in which a module of an original block comes to lie; `None` if it goes.
 
         Args:
             block: Its original block.
-            module: Its name inside the block; empty for the block itself, which stays with its attention half.
+            module: Its name inside the block; empty for the block itself.
         """
-        part = self.halves.get(module.partition(".")[0], ATTENTION)
-        sources = [source.mlp if part == MLP else source.attention for source in self.blocks]
+        part = self.part_of(module)
+        sources = [source.of(part) for source in self.blocks]
         return sources.index(block) if block in sources else None
 
     @classmethod
@@ -252,7 +252,7 @@ class PruningPlan:
         Scores, steps and details stay apart, one entry for each plan, under `details["parts"]`.
 
         Args:
-            second: Its block and unit numbers are those of the model that this plan leaves.
+            second: Its numbers of blocks, half-blocks and units are those of the model that this plan leaves.
 
         Raises:
             PlanError: The second plan is for another model, or the two widths are of no one layout.

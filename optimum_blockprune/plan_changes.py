@@ -11,9 +11,8 @@ from typing import Any
 
 from .errors import PlanError
 from .folds import joined_folds
-from .half import Half
+from .half import Half, sorted_halves
 from .joining import composed
-from .widths import Width
 
 
 def truncated(plan: Any, num_blocks: int) -> Any:
@@ -65,20 +64,10 @@ def followed(first: Any, second: Any) -> Any:
             f"The second plan is for {second.num_blocks} blocks of '{second.model_type}' ({second.stack}); the "
             f"first leaves {len(first.blocks)} of '{first.model_type}' ({first.stack})."
         )
-    if first.removed_halves or second.removed_halves:
-        raise PlanError("A plan that removes half-blocks is not joined with another one; prune into two folders.")
-    kept = first.kept_blocks
-    gone = (*first.removed_blocks, *(kept[block] for block in second.removed_blocks))
     parts = [part for plan in (first, second) for part in plan.parts()]
-    blocks = tuple(kept[block] for block in second.kept_blocks)
-    # What the second plan removes whole need not agree in width with what it narrows.
-    width = composed(composed(first.width, Width(), blocks), second.width, kept)
-    return type(first).from_removed(
-        first.model_type,
-        first.num_blocks,
-        gone,
-        width=width,
-        folds=joined_folds(first.folds, second.folds, kept),
+    whole = _removing_both(
+        first,
+        second,
         stack=first.stack,
         strategy="+".join(part["strategy"] for part in parts),
         base_model=first.base_model,
@@ -88,3 +77,34 @@ def followed(first: Any, second: Any) -> Any:
         seed=first.seed,
         versions=second.versions or first.versions,
     )
+
+    def stays(block: int, module: str) -> bool:
+        return whole.new_place(block, module) is not None
+
+    return whole.with_provenance(
+        width=composed(first.width, second.width, first.old_place, stays),
+        folds=joined_folds(first.folds, second.folds, first.old_place, stays),
+    )
+
+
+def _removing_both(first: Any, second: Any, **provenance: Any) -> Any:
+    """The plan that removes what the two remove, and no more."""
+    if not first.removed_halves and not second.removed_halves:
+        gone = (*first.removed_blocks, *(first.kept_blocks[block] for block in second.removed_blocks))
+        return type(first).from_removed(first.model_type, first.num_blocks, gone, **provenance)
+    # A block that the second plan removes whole may be made of halves of two blocks.
+    later = (Half(first.blocks[half.block].of(half.part), half.part) for half in sorted_halves(second.removed_units))
+    halves = _joined_halves(first.halves, second.halves)
+    order = (*sorted_halves(first.removed_units), *later)
+    return type(first).from_halves(first.model_type, first.num_blocks, order, halves, **provenance)
+
+
+def _joined_halves(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    both = {**second, **first}
+    other = [name for name, part in second.items() if both[name] != part]
+    if other:
+        raise PlanError(
+            f"The module '{other[0]}' belongs to the {first[other[0]]} half of a block in the first plan and to the "
+            "other half in the second one, so that they cannot be joined in one plan; prune twice into two folders."
+        )
+    return both

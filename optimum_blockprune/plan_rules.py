@@ -46,13 +46,23 @@ def check_parts(plan: Any) -> None:
             )
         _check_numbers(plan)
     _check_smaller(plan)
-    lost = sorted({each.block for each in plan.width.narrowed} - set(plan.kept_blocks))
-    if lost:
-        raise PlanError(f"The plan narrows block {lost[0]}, which it does not keep.")
-    kept = {block for source in plan.blocks for block in (source.attention, source.mlp)}
-    lost = sorted({each.block for each in plan.folds.entries} - kept)
-    if lost:
-        raise PlanError(f"The plan folds statistics into block {lost[0]}, which it does not keep.")
+    _check_places(plan)
+
+
+def _check_places(plan: Any) -> None:
+    """What becomes narrower, and what something is folded into, lies in halves that stay."""
+    groups = plan.width.groups
+    narrowed = [Half(each.block, plan.part_of(groups[each.group].writer)) for each in plan.width.narrowed]
+    folded = [Half(each.block, plan.part_of(each.module)) for each in plan.folds.entries]
+    kept = {Half(source.of(part), part) for source in plan.blocks for part in PARTS}
+    for halves, what in ((narrowed, "narrows"), (folded, "folds statistics into")):
+        lost = sorted(half for half in halves if half not in kept)
+        if lost:
+            name = lost[0] if plan.removed_halves else lost[0].block
+            raise PlanError(f"The plan {what} block {name}, which it does not keep.")
+    for group in groups if plan.removed_halves else ():
+        if len({plan.part_of(name) for name in (group.writer, *(cut.name for cut in group.tensors))}) > 1:
+            raise PlanError(f"The units before '{group.writer}' in the plan lie in both halves of a block.")
 
 
 def _check_numbers(plan: Any) -> None:
@@ -115,8 +125,6 @@ def _check_halves(plan: Any) -> None:
     if set(plan.removed_blocks) != blocks_off(gone):
         raise PlanError(f"The blocks that lost both halves are {sorted(blocks_off(gone))}; the plan says otherwise.")
     _check_modules(plan)
-    if plan.width:
-        raise PlanError("A plan that removes half-blocks removes nothing else.")
 
 
 def check_types(plan: Any) -> None:

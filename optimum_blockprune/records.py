@@ -123,10 +123,10 @@ def _widths(plan: PruningPlan, blocks: nn.ModuleList) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"layout": width.layout, "units": units}
     if width.layout == "padded":
+        narrowed = ((each, width.groups[each.group]) for each in width.narrowed)
         found["padding_parameters"] = sum(
-            (width.stored(each) - len(each.kept))
-            * unit_cost(blocks[plan.kept_blocks.index(each.block)], width.groups[each.group])
-            for each in width.narrowed
+            (width.stored(each) - len(each.kept)) * unit_cost(blocks[plan.new_place(each.block, group.writer)], group)
+            for each, group in narrowed
         )
     return found
 

@@ -84,8 +84,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
     1. The configuration follows the table's rules, copies of it in inner modules follow the template.
     2. Every attribute that depends on a block's number or on the depth follows the template.
     3. Weights outside the blocks that have a slice per block lose slices.
-    4. What the plan folds into weights goes into them; kept blocks lose units of width: these tensors are copied.
-    5. The block list keeps its identity and loses entries.
+    4. What the plan folds into weights goes into them: these tensors are copied.
+    5. The block list keeps its identity and loses entries; what is left loses units of width, in copies as well.
     6. The device map is renumbered; hooks stay on their modules.
 
     Returns:
@@ -108,8 +108,8 @@ def apply_plan(model: PreTrainedModel, plan: PruningPlan) -> Journal:
         for each in plan.folds.entries:
             _refuse_offloaded(stack, stack.blocks[each.block], "changed")
         fold_all(stack.blocks, plan.folds, journal.set)
-        _narrow_blocks(stack, plan, journal)
         _cut_list(stack, plan, journal)
+        _narrow_blocks(stack, plan, journal)
         _renumber_device_map(stack, plan, journal)
         _follow_generation_config(model, plan, journal)
         earlier = getattr(model.config, "block_pruning", None)
@@ -172,10 +172,11 @@ def _cut_slices(module: nn.Module, row: SlicedTensor, plan: PruningPlan, journal
 
 
 def _narrow_blocks(stack: BlockStack, plan: PruningPlan, journal: Journal) -> None:
-    """The dense tensors live on in the journal until the result is proven."""
+    """In the blocks of the result; the dense tensors live on in the journal until it is proven."""
     width = plan.width
     for each in width.narrowed:
-        group, block = width.groups[each.group], stack.blocks[each.block]
+        group = width.groups[each.group]
+        block = stack.blocks[plan.new_place(each.block, group.writer)]
         if len(each.kept) == group.units == width.stored(each):
             continue
         _refuse_offloaded(stack, block, "narrowed")
