@@ -171,7 +171,7 @@ def joined_folds(
     entries = [each for each in first.entries if stays(each.block, each.module)]
     if not second and len(entries) == len(first.entries):
         return first
-    earlier, later = first.tensors(), second.tensors()
+    earlier, later = first.tensors() if entries else {}, second.tensors()
     held = {each.tensor: earlier[each.tensor] for each in entries}
     for each in second.entries:
         number = len(entries)

@@ -58,8 +58,8 @@ def _check_places(plan: Any) -> None:
     for halves, what in ((narrowed, "narrows"), (folded, "folds statistics into")):
         lost = sorted(half for half in halves if half not in kept)
         if lost:
-            name = lost[0] if plan.removed_halves else lost[0].block
-            raise PlanError(f"The plan {what} block {name}, which it does not keep.")
+            half = f"the {lost[0].part} half of " if plan.removed_halves else ""
+            raise PlanError(f"The plan {what} {half}block {lost[0].block}, which it does not keep.")
     for group in groups if plan.removed_halves else ():
         if len({plan.part_of(name) for name in (group.writer, *(cut.name for cut in group.tensors))}) > 1:
             raise PlanError(f"The units before '{group.writer}' in the plan lie in both halves of a block.")

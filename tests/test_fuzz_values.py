@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from optimum_blockprune import BlockPruningConfig, PruningPlan, PruningReport
 from optimum_blockprune.errors import BlockPruningError, CheckpointError, ConfigurationError, PlanError
+from optimum_blockprune.folds import Fold, Folds
+from optimum_blockprune.half import Half
 from optimum_blockprune.widths import CutAttribute, CutTensor, Narrowing, UnitGroup, Width
 
 
@@ -50,6 +52,15 @@ PLAN = PruningPlan.from_removed(
     versions={"torch": "2"},
     nested=False,
     smaller={"1": (1,)},
+).to_dict()
+# Blocks (0, 0), (1, 3), (4, 4): block 1 has the channels of block 3.
+HALVED = PruningPlan.from_halves(
+    "llama",
+    5,
+    [Half(1, "mlp"), Half(2, "attention"), Half(2, "mlp"), Half(3, "attention")],
+    {"self_attn": "attention", "mlp": "mlp"},
+    width=Width("per_layer", (GROUP,), tuple(Narrowing(block, 0, (0, 1, 2, 5)) for block in (0, 3, 4))),
+    folds=Folds((Fold(1, "self_attn.o_proj", "matrix", 0, 0.0, "x"), Fold(3, "mlp.down_proj", "matrix", 0, 0.0, "y"))),
 ).to_dict()
 CONFIG = BlockPruningConfig("sleb", num_blocks=2, dataset="wikitext2", strategy_options={}).to_dict()
 REPORT = PruningReport(
@@ -109,6 +120,27 @@ def test_changed_plans_of_whole_blocks(data: Any) -> None:
     plan = read_or_refused(PruningPlan.from_dict, data, PlanError)
     if plan is not None and plan.removed_blocks and not plan.width:
         assert len(plan.truncate(len(plan.removed_blocks)).removed_blocks) == len(plan.removed_blocks)
+
+
+@MANY
+@given(mutated(HALVED))
+def test_changed_plans_of_halves_and_units(data: Any) -> None:
+    plan = read_or_refused(PruningPlan.from_dict, data, PlanError)
+    if plan is None:
+        return
+    # Whatever becomes narrower, or gets a map, is there; and the plan can be joined with one for what it leaves.
+    writers = [(each.block, plan.width.groups[each.group].writer) for each in plan.width.narrowed]
+    for block, module in (*writers, *((each.block, each.module) for each in plan.folds.entries)):
+        assert plan.old_place(plan.new_place(block, module), module) == block
+    last = len(plan.blocks) - 1
+    if last:
+        later = PruningPlan.from_removed(plan.model_type, last + 1, [last], stack=plan.stack)
+        try:
+            joined = plan.then(later)
+        except PlanError as error:
+            assert str(error)  # a map goes, and the file with the others is not there
+        else:
+            assert len(joined.blocks) == last and PruningPlan.from_dict(joined.to_dict()) == joined
 
 
 @SOME

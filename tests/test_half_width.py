@@ -376,11 +376,11 @@ def moved(data: dict[str, Any], family: str, block: int, to: int) -> dict[str, A
 @pytest.mark.parametrize(
     ("family", "block", "to", "message"),
     [
-        ("mlp", 3, 1, "narrows block 1.mlp, which it does not keep"),
-        ("mlp", 5, 4, "narrows block 4.mlp, which it does not keep"),
-        ("attention", 1, 3, "narrows block 3.attention, which it does not keep"),
-        ("attention", 0, 2, "narrows block 2.attention, which it does not keep"),
-        ("mlp", 0, 9, "narrows block 9.mlp, which it does not keep"),
+        ("mlp", 3, 1, "narrows the mlp half of block 1, which it does not keep"),
+        ("mlp", 5, 4, "narrows the mlp half of block 4, which it does not keep"),
+        ("attention", 1, 3, "narrows the attention half of block 3, which it does not keep"),
+        ("attention", 0, 2, "narrows the attention half of block 2, which it does not keep"),
+        ("mlp", 0, 9, "narrows the mlp half of block 9, which it does not keep"),
         ("mlp", 0, 3, "narrows mlp.down_proj of block 3 twice"),
     ],
 )
@@ -393,8 +393,11 @@ def test_units_of_a_half_that_is_gone(data: dict[str, Any], family: str, block: 
     ("change", "message"),
     [
         ({"halves": {"self_attn": "attention"}}, "which modules"),
-        ({"halves": {"self_attn": "mlp", "mlp": "attention"}}, "narrows block"),
-        ({"halves": {"self_attn": "attention", "mlp": "attention", "norm": "mlp"}}, "narrows block 3.attention"),
+        ({"halves": {"self_attn": "mlp", "mlp": "attention"}}, "narrows the mlp half of block 1"),
+        (
+            {"halves": {"self_attn": "attention", "mlp": "attention", "norm": "mlp"}},
+            "narrows the attention half of block 3",
+        ),
         ({"halves": ["mlp"]}, "malformed"),
         ({"halves": {"self_attn": "attention", "mlp": ["mlp"]}}, "malformed"),
         ({"removed_halves": []}, "names halves of blocks"),
@@ -424,7 +427,9 @@ def test_a_map_in_a_half_that_is_gone(data: dict[str, Any]) -> None:
         if kept:
             assert PruningPlan.from_dict({**data, "folds": folds}).folds
             continue
-        with pytest.raises(PlanError, match=f"folds statistics into block {block}.*, which it does not keep"):
+        with pytest.raises(
+            PlanError, match=f"folds statistics into the .* half of block {block}, which it does not keep"
+        ):
             PruningPlan.from_dict({**data, "folds": folds})
 
 

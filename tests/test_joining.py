@@ -118,7 +118,7 @@ def test_units_of_a_half_that_goes_are_refused(family: str, block: int) -> None:
     numbers = [number for number, group in enumerate(plan.width.groups) if group.family == family]
     moved = next(each for each in plan.width.narrowed if each.group == numbers[0])
     narrowed = [replace(each, block=block) if each is moved else each for each in plan.width.narrowed]
-    with pytest.raises(PlanError, match=f"narrows block {block}.{family}, which it does not keep"):
+    with pytest.raises(PlanError, match=f"narrows the {family} half of block {block}, which it does not keep"):
         plan.with_provenance(width=replace(plan.width, narrowed=tuple(narrowed)))
 
 
