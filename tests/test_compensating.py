@@ -340,8 +340,11 @@ def test_the_command_ignores_nothing(
 
 
 @pytest.mark.slow
-def test_a_map_helps_where_massive_activations_are_written(smollm2: Path, tmp_path: Path) -> None:
+def test_a_map_helps_where_massive_activations_are_written(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What block 11 of this model adds to the first token is 800 times what it adds to others."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from material import write_texts
 
     text, _ = write_texts(tmp_path)
