@@ -35,7 +35,7 @@ SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 # Where each phase of a run can be met: a function, and which of its calls.
 PHASES = {
     "loading": ("optimum_blockprune.pruner.load_model", 1),
-    "calibration": ("optimum_blockprune.choosing.windows_for", 1),
+    "calibration": ("optimum_blockprune.reading.windows_for", 1),
     "search, first pass": ("optimum_blockprune.runner.BlockRunner._forward", 3),
     "search, later": ("optimum_blockprune.runner.BlockRunner._forward", 9),
     "surgery": ("optimum_blockprune.surgery._cut_list", 1),
