@@ -160,10 +160,14 @@ class BlockPruningConfig(BaseConfig):
         """Builds the configuration that a plan was made with, as far as the plan knows it (the dataset is not in it).
 
         Raises:
-            ConfigurationError: The plan removes nothing, or its strategy is not installed.
+            ConfigurationError: The plan removes nothing, joins several searches, or its strategy is not installed.
         """
         if not plan.num_removed and not plan.width:
             raise ConfigurationError("A plan that removes nothing has no configuration: every budget removes a block.")
+        if len(plan.parts()) > 1:
+            raise ConfigurationError(
+                f"Several searches ({plan.strategy}) are no one configuration; the plan has it all."
+            )
         stack = None if plan.stack == "decoder" else plan.stack
         asked = plan.details.get("compensation", {}).get("asked")
         compensation = {} if asked is None else {"compensation": asked}

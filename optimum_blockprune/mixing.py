@@ -20,17 +20,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .asked import any_choice, asked_for, removes
+from .asked import any_choice, asked_for
 from .batches import CalibrationWindows, refuse_shared
 from .blocks import find_blocks
 from .budget_rules import fewest_within
 from .choosing import Keep, Search, choose
-from .errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
+from .errors import CalibrationError, ConfigurationError, NonFiniteError, PlanError, UnsupportedModelError
 from .evaluation import size_of
 from .memory import BatchSize
+from .mix import Mix
 from .plan import PruningPlan
 from .reading import calibration_of, held_out_part
-from .recipe import BUDGET_FIELDS, Recipe
+from .recipe import Recipe
 from .registry import build_options, get_strategy
 from .report import PruningReport
 from .runner import BlockRunner
@@ -47,63 +48,6 @@ logger = logging.get_logger("optimum.blockprune.mixing")
 SPLITS = 5
 # From the number of a search, counted from 1, and its strategy to what opens its ledger.
 Ledgers = Callable[[int, str], Keep]
-
-
-@dataclass(frozen=True)
-class Mix:
-    """What is to be split, and what the splits are held to.
-
-    Attributes:
-        target_params: Parameters that the result may have at most.
-        depth: Chooses blocks or half-blocks; without a budget of its own.
-        width: Chooses channels and heads; without a budget of its own.
-        counts: Numbers of blocks to try; by default up to five, evenly spread from none to as many as reach the target
-            alone.
-        held_out_dataset: Text that decides, like `dataset` of a configuration; by default windows of the text of
-            `depth` that are not calibrated on.
-        held_out_samples: Windows of it; by default as many as `depth` calibrates on.
-
-    Raises:
-        ConfigurationError: These do not fit each other, whatever the model is.
-    """
-
-    target_params: int
-    depth: Recipe
-    width: Recipe
-    counts: tuple[int, ...] | None = None
-    held_out_dataset: Any = None
-    held_out_samples: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, recipe, kind in (("depth", self.depth, "block"), ("width", self.width, "width")):
-            budgets = [field for field in BUDGET_FIELDS if getattr(recipe, field) is not None]
-            if budgets:
-                raise ConfigurationError(
-                    f"target_params is the budget of both parts: leave {' and '.join(budgets)} of '{name}' out."
-                )
-            if removes(recipe) != kind:
-                what = "blocks" if kind == "block" else "channels or heads"
-                raise ConfigurationError(f"'{name}' must remove {what}, which '{recipe.strategy}' does not.")
-        if (self.depth.stack or "decoder") != (self.width.stack or "decoder"):
-            raise ConfigurationError(
-                f"stack={self.depth.stack!r} and {self.width.stack!r}: both must be of one stack."
-            )
-        if self.depth.dataset is None and self.held_out_dataset is None:
-            raise CalibrationError(
-                "Held-out text decides between the splits: give dataset=... (--dataset PATH), of which a part is held "
-                "out, or held_out_dataset=... (--held-out-dataset PATH)."
-            )
-        for name, value, least in (("target_params", self.target_params, 1), ("held_out_samples", self.windows, 1)):
-            _check_number(name, value, least)
-        for count in self.counts or ():
-            _check_number("counts", count, 0)
-        if self.counts is not None and (not self.counts or len(set(self.counts)) != len(self.counts)):
-            raise ConfigurationError(f"counts={self.counts!r} must be different numbers of blocks, such as (0, 2, 4).")
-
-    @property
-    def windows(self) -> int:
-        """Windows of held-out text."""
-        return self.depth.num_samples if self.held_out_samples is None else self.held_out_samples
 
 
 @dataclass(frozen=True)
@@ -268,32 +212,38 @@ class _Mixing:
     def _tried(self, number: int, count: int) -> tuple[Split, PruningPlan]:
         """Makes, applies, measures and takes back one split."""
         makers: list[Callable[[], PruningPlan]] = []
+        made, reached = PruningReport(), False
         if count:
             shallower = self.depth.plan(count)
             makers.append(lambda: shallower)
-            split, plan = self._measured(makers)
-            if split is not None:
-                return split, plan
-        made = PruningReport()
-        keep = self.ledgers(1 + number, self.mix.width.strategy)
-        makers.append(
-            lambda: choose(self.model, self._narrower, self.tokenizer, made, base_model=self.base_model, keep=keep)
-        )
-        split, plan = self._measured(makers)
-        self.report.add_search(made)
-        if split is None:  # the strategy of width keeps to its budget
-            raise ConfigurationError(
-                f"target_params={self.mix.target_params:,} is not reached with {count} blocks less."
+            reached = self._reaches(shallower)
+        if not reached:
+            keep = self.ledgers(1 + number, self.mix.width.strategy)
+            makers.append(
+                lambda: choose(self.model, self._narrower, self.tokenizer, made, base_model=self.base_model, keep=keep)
             )
-        return split, plan
+        found = self._measured(makers)
+        self.report.add_search(made)
+        return found
 
-    def _measured(self, makers: Sequence[Callable[[], PruningPlan]]) -> tuple[Split | None, PruningPlan]:
-        """The plan of these steps and what is left of the model; `None` where that is more than the target."""
+    def _reaches(self, plan: PruningPlan) -> bool:
+        """Whether what a plan leaves needs no width to go."""
+        journal = apply_plan(self.model, plan)
+        try:
+            return size_of(self.model)["parameters"] <= self.mix.target_params
+        finally:
+            journal.rollback()
+
+    def _measured(self, makers: Sequence[Callable[[], PruningPlan]]) -> tuple[Split, PruningPlan]:
+        """What these steps leave, and their one plan."""
         plan, _, journal = apply_in_order(self.model, makers, self.report)
         try:
             parameters = size_of(self.model)["parameters"]
-            if parameters > self.mix.target_params:
-                return None, plan
+            if parameters > self.mix.target_params:  # a third party's strategy may err
+                raise PlanError(
+                    f"Strategy '{self.mix.width.strategy}' did not keep to target_params={self.mix.target_params:,}: "
+                    f"{parameters:,} are left."
+                )
             with self.report.timed("held-out text"):
                 kl = self._divergence()
         finally:
@@ -322,8 +272,3 @@ def _asked(recipe: Recipe, stack: Any) -> tuple[int, ...]:
     strategy = get_strategy(recipe.strategy)()
     options = build_options(type(strategy), recipe.strategy_options or {})
     return asked_for(recipe, strategy, options, stack)[1]
-
-
-def _check_number(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(f"{name} must be a whole number from {least} on, not {value!r}.")

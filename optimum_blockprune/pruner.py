@@ -21,9 +21,9 @@ from .evaluation import size_of
 from .gate import Expectation, check_mode
 from .healing import Healing
 from .loading import dequantised, find_processor, find_tokenizer, load_model, load_tokenizer
-from .mixing import Mix, mixed
+from .mix import Mix, width_beside
+from .mixing import mixed
 from .plan import PruningPlan
-from .recipe import Recipe
 from .records import record
 from .report import PruningReport
 from .resuming import Resumption, resumption
@@ -229,7 +229,7 @@ class BlockPruner(Healing):
             BlockPruningError: Whatever is wrong; see `mixing.mixed`. As much as possible before any text is read.
         """
         deep = (depth or self.config).recipe
-        wide = _same_text(deep) if width is None else width.recipe
+        wide = width_beside(deep) if width is None else width.recipe
         wanted = Mix(
             target_params, deep, wide, None if counts is None else tuple(counts), held_out_dataset, held_out_samples
         )
@@ -317,13 +317,6 @@ class BlockPruner(Healing):
                 journal.rollback()
             self._expected, self.report = before
             raise
-
-
-def _same_text(recipe: Recipe) -> Recipe:
-    """The best choice of MLP channels that we know, on the text of another recipe."""
-    text = ("dataset", "dataset_text_field", "num_samples", "seqlen", "batch_size", "seed", "use_chat_template")
-    kept = {name: getattr(recipe, name) for name in (*text, "calibration_recipe", "stack")}
-    return Recipe("bip", strategy_options={"families": "mlp", "reduction": "l2"}, **kept)
 
 
 def _refuse_resuming(resume_dir: ResumeDir) -> None:

@@ -226,7 +226,7 @@ class _Watch:
         """A forward hook of the module that writes in front of `start`."""
 
         def keep(_module: nn.Module, _args: object, output: Tensor) -> None:
-            self._written[start.piece] = output * start.writer.factor
+            self._written[start.piece] = output
 
         return keep
 
@@ -237,8 +237,9 @@ class _Watch:
             count, rest = divmod(position - start.piece, self._per_block)
             if position == start.piece:
                 weights, written = weights_of(state), self._written.pop(position)
-                added = self._tokens.fitted(written).to(state.device) * weights
-                still = self._tokens.first(written, weights)
+                factor = start.writer.factor
+                added = self._tokens.fitted(written).to(state.device) * factor * weights
+                still = self._tokens.first(written, weights) * factor
                 self._begun[position] = state, weights, added
                 self._add(f"moments-{position}", added.T @ added)
                 self._add(f"still-{position}", still.T @ still)

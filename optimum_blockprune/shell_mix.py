@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 from .config import BlockPruningConfig
 from .flags import given_fields, named_options
+from .mix import width_beside
 from .resuming import resumption
 from .saving import check_output
 from .shell_parts import load_pruner, print_result, show_progress
@@ -17,8 +17,6 @@ from .team import Team
 
 _WIDTH_ONLY = ("layout", "align")
 _HELD_OUT = ("held_out_dataset", "held_out_samples")
-# What the width part does not take over from the depth.
-_DEPTH_ONLY = ("strategy", "strategy_options", "unit", "objective", "compensation", "protect_first", "protect_last")
 
 
 def mix(args: Namespace) -> None:
@@ -32,7 +30,8 @@ def mix(args: Namespace) -> None:
     depth = BlockPruningConfig(**given)
     if args.config is not None:
         depth = BlockPruningConfig.from_pretrained(args.config, **given)
-    width = _width(args, depth, only)
+    options = None if args.width_option is None else named_options("--width-option", args.width_option)
+    width = BlockPruningConfig(**vars(width_beside(depth.recipe, args.width_strategy, options, **only)))
     pruner = load_pruner(args, depth)
     with resumption(args.resume_dir, args.output) as kept:
         plan = pruner.mix(target, depth, width, counts=args.counts, resume_dir=kept, **held_out)
@@ -40,12 +39,3 @@ def mix(args: Namespace) -> None:
         pruner.save_pretrained(args.output, overwrite=args.overwrite, verify=args.verify)
     text = f"{depth_table(plan.details['mix']['trail'])}\n{summary(pruner.report, plan, args.output)}"
     print_result(args, {"output": args.output, **pruner.report.to_dict()}, text)
-
-
-def _width(args: Namespace, depth: BlockPruningConfig, only: dict[str, Any]) -> BlockPruningConfig:
-    """The configuration of the width part: the text of the depth, and what was typed for it."""
-    fields = {name: value for name, value in vars(depth.recipe).items() if name not in (*_DEPTH_ONLY, *_HELD_OUT)}
-    options = {"families": "mlp", "reduction": "l2"} if args.width_strategy == "bip" else None
-    if args.width_option is not None:
-        options = named_options("--width-option", args.width_option)
-    return BlockPruningConfig(args.width_strategy, **{**fields, **only, "strategy_options": options})

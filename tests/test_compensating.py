@@ -340,14 +340,9 @@ def test_the_command_ignores_nothing(
 
 
 @pytest.mark.slow
-def test_a_map_helps_where_massive_activations_are_written(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_map_helps_where_massive_activations_are_written(smollm2: Path, articles: tuple[Path, Path]) -> None:
     """What block 11 of this model adds to the first token is 800 times what it adds to others."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from material import write_texts
-
-    text, _ = write_texts(tmp_path)
+    text, _ = articles
     pruner = BlockPruner.from_pretrained(smollm2)
     gone = "12,13,14,15,16,17,18"
     plan = pruner.make_plan(config(gone, "ridge", dataset=str(text), num_samples=16, seqlen=256, batch_size=4))

@@ -197,3 +197,7 @@ def test_a_plan_says_which_stack_it_is_about(stack: str) -> None:
     config = BlockPruningConfig.from_plan(PruningPlan.from_removed("bart", 6, [3, 1], **found))
     assert (config.strategy, config.sparsity, config.seed, config.stack) == ("random", 0.4, 3, said)
     assert BlockPruningConfig.from_dict(config.to_dict()).stack == said
+    with pytest.raises(ConfigurationError, match=r"Several searches \(random\+random\)"):
+        BlockPruningConfig.from_plan(
+            PruningPlan.from_removed("bart", 6, [3], **found).then(PruningPlan.from_removed("bart", 5, [1], **found))
+        )

@@ -425,13 +425,8 @@ def test_padded_rows_are_read() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_model_gets_much_of_its_quality_back(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from material import write_texts
-
-    text, held_out = write_texts(tmp_path)
+def test_a_real_model_gets_much_of_its_quality_back(smollm2: Path, articles: tuple[Path, Path]) -> None:
+    text, held_out = articles
     spec = EvaluationSpec(batch_size=4, speed=False, continuations=0)
     pruner = BlockPruner.from_pretrained(smollm2, config(dataset=None, seqlen=128))
     pruner.prune(plan=PruningPlan.from_blocks(pruner.model, [14, 15, 17]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_programs import clock, wide_pruner
+from rank_programs import clock, mixed, wide_pruner
 from ranks import Outcome, Scenario, play
 from toys import text, toy_pruner
 
@@ -36,6 +36,10 @@ WIDE: dict[str, dict[str, Any]] = {
     "sleb-auto": {**AUTO, "strategy": "sleb", "compensation": "auto"},
     "random-scale": {**AUTO, "strategy": "random", "compensation": "scale"},
     "gemma2": {**AUTO, "family": "gemma2", "batch_size": 2},
+}
+MIXED: dict[str, dict[str, Any]] = {
+    "mix-auto": AUTO,
+    "mix-halves": {**AUTO, "strategy": "sleb", "compensation": "none", "unit": "half_block", "batch_size": 2},
 }
 SEARCH = {"strategy": "search", "num_blocks": 3}
 PLAIN: dict[str, dict[str, Any]] = {
@@ -65,6 +69,7 @@ def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         place = str(folder / str(size))
         scenarios[f"wide-{size}"] = Scenario("wide_plans", {"cases": list(WIDE.items()), "folder": place}, size)
         scenarios[f"plain-{size}"] = Scenario("plans", {"cases": list(PLAIN.items()), "folder": place}, size)
+        scenarios[f"mix-{size}"] = Scenario("mixes", {"cases": list(MIXED.items()), "folder": place}, size)
         scenarios[f"failing-{size}"] = Scenario("failing_maps", {"fields": AUTO}, size)
         scenarios[f"late-{size}"] = Scenario("out_of_time", {"fields": LATE, "ticking": [0]}, size)
     short = {"fields": WIDE["auto-pairs"], "folder": str(folder / "2")}
@@ -77,6 +82,7 @@ def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def of_one() -> dict[str, PruningPlan]:
     """The plans that one process makes."""
     plans = {name: wide_pruner(**fields).make_plan() for name, fields in WIDE.items()}
+    plans |= {name: mixed(wide_pruner(**fields)) for name, fields in MIXED.items()}
     return plans | {name: toy_pruner(**fields).make_plan() for name, fields in PLAIN.items()}
 
 
@@ -120,6 +126,18 @@ def test_maps_are_those_of_one_process(
         assert (tensors[key] - tensor).norm() <= 1e-4 * tensor.norm()
     for other in others:
         assert all(torch.equal(each, tensors[key]) for key, each in other.folds.tensors().items())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", MIXED)
+def test_splits_are_those_of_one_process(
+    name: str, size: int, folder: Path, played: dict[str, list[Outcome]], of_one: dict[str, PruningPlan]
+) -> None:
+    assert [outcome.code for outcome in played[f"mix-{size}"]] == [0] * size, played[f"mix-{size}"][0].err[-2000:]
+    first, *others = found(folder, name, size)
+    assert all(other.to_dict() == first.to_dict() for other in others)
+    assert_close(of_one[name].to_dict(), first.to_dict())
+    assert [each["removed"] for each in first.details["mix"]["trail"]] == [1, 2]
 
 
 def test_there_are_maps_to_compare(of_one: dict[str, PruningPlan]) -> None:

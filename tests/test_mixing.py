@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import plain_logits, random_ids
-from toys import TEXTS, assert_unchanged, snapshot, toy_folder, wide, word_tokenizer
+from toys import TEXTS, assert_unchanged, snapshot, text, toy_folder, wide, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
@@ -20,6 +20,7 @@ from optimum_blockprune.errors import (
     CalibrationError,
     ConfigurationError,
     NonFiniteError,
+    PlanError,
     ResumeError,
     UnsupportedModelError,
 )
@@ -84,6 +85,15 @@ def test_the_split_with_the_smallest_divergence_wins_and_loads_anywhere(
     ids = random_ids(2, 12)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(plain_logits(again, ids), plain_logits(model, ids))
+
+
+def test_auto_chooses_the_depth_and_its_maps_stay_with_the_channels(tmp_path: Path) -> None:
+    pruner = pruner_of(strategy="auto", dataset=[text(600)], num_samples=6, seqlen=24)
+    plan = pruner.mix(target_of(pruner, 2.5), counts=(2,))
+    assert plan.strategy == "search+bip" and plan.width and plan.folds
+    model = pruner.prune(tmp_path / "out", plan=plan)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(plain_logits(again, random_ids()), plain_logits(model, random_ids()))
 
 
 def test_the_figures_are_those_of_the_pruned_model_on_windows_of_other_text() -> None:
@@ -181,6 +191,25 @@ def test_what_does_not_fit_is_refused_before_any_text_is_read(monkeypatch) -> No
             pruner.mix(**{"target_params": target, "width": width(), **given})
         assert_unchanged(pruner.model, before)
     assert pruner.plan is None
+
+
+def test_prompts_with_completions_are_no_text_for_channels() -> None:
+    pruner = pruner_of(objective="task")
+    with pytest.raises(ConfigurationError, match="no strategy of width does"):
+        pruner.mix(target_of(pruner, 1.5))
+    rows = [{"prompt": each[:20], "completion": each[20:]} for each in TEXTS]
+    deep = depth(dataset=rows, objective="task", num_samples=3)
+    plan = pruner.mix(target_of(pruner, 1.5), deep, width(), counts=(1,), held_out_dataset=[TEXTS[0][::-1]] * 4)
+    assert plan.details["mix"]["held_out"]["windows"] == 3 and plan.num_removed == 1 and plan.width
+
+
+def test_a_strategy_that_keeps_too_much_is_caught(monkeypatch) -> None:
+    pruner = pruner_of()
+    before = snapshot(pruner.model)
+    monkeypatch.setattr(mixing_module, "choose", lambda model, *args, **kwargs: PruningPlan.from_blocks(model, []))
+    with pytest.raises(PlanError, match="'bip' did not keep to target_params"):
+        pruner.mix(target_of(pruner, 1.5), width=width(), counts=(1,))
+    assert_unchanged(pruner.model, before)
 
 
 def _never(*args: Any) -> None:

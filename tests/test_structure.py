@@ -82,7 +82,7 @@ LAYERS = (
         "strategies.search",
         "strategies.sleb",
     ),
-    ("depths", "sequence", "source"),
+    ("depths", "mix", "sequence", "source"),
     ("file_folds", "measuring", "mixing", "streamed_saving"),
     ("checkpoint",),
     ("publishing",),
