@@ -9,6 +9,8 @@ larger number further on that would keep the budget again is not looked for. Thr
     one-pass choose once as many blocks as may go; their plans know every smaller choice (`PruningPlan.truncate`).
     others   choose anew for every number of blocks.
 
+With compensation, maps are fitted to every number of blocks, and what is measured is the model with them.
+
 All of it is measured through `SearchContext.measured`, so that several processes decide the same, and a resumed run
 does not measure again.
 """
@@ -26,8 +28,11 @@ from torch import Tensor
 
 from .asked import any_choice
 from .batches import Batch, CalibrationWindows
+from .compensating import NONE, compensated
 from .errors import ConfigurationError, NonFiniteError, PlanError
-from .half import Removal, Unit, blocks_off, units_of
+from .folding import Prepared
+from .folds import Folds
+from .half import Removal, Unit, blocks_off
 from .inputs import vocabulary_of
 from .ledger import Ledger
 from .losses import head_rows, kl_of, perplexity_of, predicted, token_nll
@@ -117,6 +122,7 @@ class _QualitySearch:
         )
         self.name, self.limit = recipe.budget, recipe.requested[recipe.budget]
         self.trail: list[dict[str, Any]] = []
+        self._kept: PruningPlan | None = None
         self._first: tuple[Unit, ...] = ()
         self._spent = 0
         self._dense = self._dense_loss()
@@ -126,18 +132,21 @@ class _QualitySearch:
         plan = self._widest()
         if not self.trail:
             plan = self._walk(plan)
-        kept = [entry["removed"] for entry in self.trail if entry["within"]]
-        if not kept:
+        if self._kept is None:
             raise self._nothing_can_go()
-        if len(kept) == len(self.trail):
-            logger.info(f"{self.name}={self.limit} allows for all {kept[-1]} blocks that may go.")
-        if plan.num_removed > kept[-1]:
-            plan = plan.truncate(kept[-1])
-        last = next(entry for entry in self.trail if entry["removed"] == kept[-1])
+        kept = self._kept.num_removed
+        if self.trail[-1]["within"]:
+            logger.info(f"{self.name}={self.limit} allows for all {kept} blocks that may go.")
+        if plan.num_removed > kept:
+            plan = plan.truncate(kept)
+        last = next(entry for entry in self.trail if entry["removed"] == kept)
         figures = {name: value for name, value in last.items() if name not in ("removed", "within")}
         budget = {"perplexity_dense": perplexity_of(self._dense), **figures, "held_out": self.held_out.describe()}
         budget |= {"block_forwards": self._spent, "trail": self.trail}
         details = {name: value for name, value in plan.details.items() if name != "truncated_from"}
+        if self.recipe.compensation != NONE:
+            plan = replace(plan, folds=self._kept.folds)
+            details["compensation"] = self._kept.details["compensation"]
         if "naive_block_forwards" in details:
             # What is held out costs the same in whatever way is searched.
             details["naive_block_forwards"] += self._spent
@@ -165,19 +174,21 @@ class _QualitySearch:
         best = widest
         for count in range(1, widest.num_removed + 1):
             plan = of_depth(self.strategy, part_of(self.context, count), widest, self.check)
-            if not self._tried(plan.removed_units, count):
+            if not self._tried(plan):
                 break
             best = plan
         return best
 
     def _goes_on(self, removed: Sequence[Removal]) -> bool:
         """What a greedy search asks."""
-        units = [unit for removal in removed for unit in units_of(removal)]
-        return self._tried(units, len(removed)) and len(removed) < self.context.num_remove
+        return self._tried(self.context.plan(removed)) and len(removed) < self.context.num_remove
 
-    def _tried(self, off: Sequence[Unit], count: int) -> bool:
-        """Measures the model without some units; says whether that is within the budget."""
-        found = self._measured(off)
+    def _tried(self, plan: PruningPlan) -> bool:
+        """Measures the model that a plan leaves; says whether that is within the budget."""
+        off, count = plan.removed_units, plan.num_removed
+        if self.recipe.compensation != NONE:
+            plan = compensated(part_of(self.context, count), plan, self.recipe.compensation)
+        found = self._measured(off, plan.folds)
         loss, kl = (found[name] / found["tokens"] if name in found else None for name in ("nll", "kl"))
         finite = math.isfinite(loss)
         increase = math.expm1(min(loss - self._dense, 700.0)) if finite else None
@@ -187,6 +198,8 @@ class _QualitySearch:
         known = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
         self.trail.append({"removed": count, "within": within, **known})
         self._first = self._first or tuple(off)
+        if within:
+            self._kept = plan
         shown = ", ".join(f"{name} {value:.4f}" for name, value in known.items()) or "no finite loss"
         logger.info(
             f"Held out, without {count}: {shown}; {self.name}={self.limit} is {'kept' if within else 'broken'}."
@@ -194,7 +207,7 @@ class _QualitySearch:
         return within
 
     def _dense_loss(self) -> float:
-        found = self._measured(())
+        found = self._measured((), Folds())
         loss = found["nll"] / found["tokens"]
         if not math.isfinite(loss):
             for batch in self.held_out.batches(self.context.batch_size):
@@ -205,20 +218,21 @@ class _QualitySearch:
             )
         return loss
 
-    def _measured(self, off: Sequence[Unit]) -> dict[str, float]:
+    def _measured(self, off: Sequence[Unit], folds: Folds) -> dict[str, float]:
         """Sums over the held-out text: `nll`, `tokens`, and `kl` where the budget needs it."""
         runner = self.context.runner
         compare = _compared if off and self.name == "max_kl" else _alone
+        maps = Prepared(runner.stack.blocks, folds.entries, folds.tensors())
 
         def measure(size: int) -> dict[str, Tensor]:
             sums: dict[str, Tensor] = {}
             for _, batch in self.context.batches(size, self.held_out):
-                for name, value in compare(runner, batch, off).items():
+                for name, value in compare(runner, batch, off, maps).items():
                     sums[name] = sums[name] + value if name in sums else value
             return sums
 
         names = "+".join(map(str, off)) or "nothing"
-        found = self.context.measured(f"held-out, without {names}", measure)
+        found = self.context.measured(f"held-out, without {names}{folds.digest and ' with '}{folds.digest}", measure)
         # Of all processes, and also where it was read back; of the dense model and the other one where both run.
         live = runner.num_blocks - len(blocks_off(off)) + (runner.num_blocks if compare is _compared else 0)
         self._spent += live * self.held_out.num_windows
@@ -278,17 +292,20 @@ class _Part:
         self._ledger.write(self._prefix + key, tensors)
 
 
-def _alone(runner: BlockRunner, batch: Batch, off: Sequence[Unit]) -> dict[str, Tensor]:
+def _alone(runner: BlockRunner, batch: Batch, off: Sequence[Unit], maps: Prepared) -> dict[str, Tensor]:
     """Summed loss of a batch, and the number of predictions."""
-    loss, count = runner.nll(batch, off)
+    with maps.on():
+        loss, count = runner.nll(batch, off)
     return {"nll": loss.cpu(), "tokens": torch.tensor(count)}
 
 
 @torch.no_grad()
-def _compared(runner: BlockRunner, batch: Batch, off: Sequence[Unit]) -> dict[str, Tensor]:
+def _compared(runner: BlockRunner, batch: Batch, off: Sequence[Unit], maps: Prepared) -> dict[str, Tensor]:
     """Summed loss and KL(dense || without `off`); logits are there for a few windows at a time."""
     sums = {"nll": torch.zeros((), dtype=torch.float64), "kl": torch.zeros((), dtype=torch.float64)}
-    ends = [runner.run_to(batch, runner.last_block(each), each).value for each in ((), off)]
+    ends = [runner.run_to(batch, runner.last_block(())).value]
+    with maps.on():
+        ends.append(runner.run_to(batch, runner.last_block(off), off).value)
     tokens = 0
     for rows, part in head_rows(batch, vocabulary_of(runner.stack.layout)):
         states = [BlockOutput(runner.num_blocks - 1, rows_of(end, rows, len(batch.input_ids))) for end in ends]

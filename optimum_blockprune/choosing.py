@@ -134,7 +134,7 @@ class Search:
         if num_blocks is not None and num_blocks != plan.num_removed:
             context = part_of(context, num_blocks)
             plan = of_depth(self._strategy, context, plan, self._check)
-        if self._recipe.compensation != NONE:
+        if self._recipe.compensation != NONE and self._held_out is None:
             with self._report.timed("compensation"):
                 plan = compensated(context, plan, self._recipe.compensation)
         check_plan(context.runner.model, plan)

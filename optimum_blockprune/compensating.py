@@ -30,8 +30,7 @@ from torch import Tensor
 
 from .batches import Batch, CalibrationWindows
 from .branching import head_losses
-from .budget_rules import QUALITY_BUDGETS
-from .errors import CalibrationError, ConfigurationError, NonFiniteError, UnsupportedModelError
+from .errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from .fitting import STRENGTHS, Tokens, fitting_part, solved, weights_of
 from .folding import Prepared
 from .folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
@@ -88,17 +87,11 @@ def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, 
     """Says before a search what compensation cannot do.
 
     Raises:
-        ConfigurationError: The budget is one of quality, which is measured without it.
         CalibrationError: Fewer than two windows.
         UnsupportedModelError: The weights are not where they could be changed.
     """
     if recipe.compensation == NONE:
         return
-    if recipe.budget in QUALITY_BUDGETS:
-        raise ConfigurationError(
-            f"{recipe.budget} is measured without compensation: set compensation='none', or give the number of blocks "
-            "(num_blocks) that such a run removed."
-        )
     if windows is None or windows.num_windows < 2:
         raise CalibrationError(
             "Compensation fits weights on some windows of text and judges them on others: give dataset=... with at "

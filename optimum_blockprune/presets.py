@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .budget_rules import QUALITY_BUDGETS
 from .recipe import Recipe
 
 
@@ -19,8 +18,7 @@ AUTO = "auto"
 def spelt_out(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields with what `strategy="auto"` stands for.
 
-    That is `search`, and ridge compensation where none is named. Budgets of quality (`max_kl`, `max_ppl_increase`) are
-    measured without compensation: there it is `search` alone.
+    That is `search`, and ridge compensation where none is named.
 
     Args:
         values: Fields of a recipe by name.
@@ -28,6 +26,5 @@ def spelt_out(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("strategy") != AUTO:
         return dict(values)
     asked = values.get("compensation", Recipe.compensation)
-    judged = any(values.get(budget) is not None for budget in QUALITY_BUDGETS)
-    compensation = "ridge" if asked == Recipe.compensation and not judged else asked
+    compensation = "ridge" if asked == Recipe.compensation else asked
     return {**values, "strategy": "search", "compensation": compensation}

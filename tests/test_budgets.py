@@ -15,7 +15,7 @@ import torch
 from families import tiny_model
 from ranks import Outcome, Scenario, play
 from torch import Tensor
-from toys import TEXTS, assert_unchanged, config, snapshot, text, toy_folder, toy_pruner, word_tokenizer
+from toys import TEXTS, assert_unchanged, config, snapshot, text, toy_folder, toy_pruner, wide, word_tokenizer
 from transformers import PreTrainedModel
 from zoo import other_stacks
 
@@ -23,11 +23,13 @@ from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, Pru
 from optimum_blockprune import choosing as choosing_module
 from optimum_blockprune import reading as reading_module
 from optimum_blockprune.batches import CalibrationWindows
+from optimum_blockprune.blocks import find_blocks
 from optimum_blockprune.calibration import WindowSpec, build_windows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError, ResumeError
 from optimum_blockprune.evaluation import EvaluationSpec, evaluate_model, size_of
 from optimum_blockprune.half import blocks_off
 from optimum_blockprune.ledger import Ledger
+from optimum_blockprune.reading import window_spec, windows_for
 from optimum_blockprune.recipe import Recipe
 from optimum_blockprune.speedup import fewest_blocks
 
@@ -50,9 +52,9 @@ def with_idle_blocks() -> PreTrainedModel:
 
 
 @cache
-def own_text() -> tuple[tuple[int, ...], ...]:
+def own_text(make: Callable[[], PreTrainedModel] = with_idle_blocks) -> tuple[tuple[int, ...], ...]:
     """Thirty rows that the model itself has drawn: no other model expects them better."""
-    model, generator = with_idle_blocks(), torch.Generator().manual_seed(3)
+    model, generator = make(), torch.Generator().manual_seed(3)
     ids = torch.randint(4, 96, (30, 1), generator=generator)
     for _ in range(23):
         with torch.no_grad():
@@ -88,6 +90,72 @@ def quality(plan: PruningPlan, windows: CalibrationWindows) -> dict[str, float]:
     theirs, ours = evaluate_model(dense, windows, spec), evaluate_model(pruned, windows, spec, baseline=dense)
     increase = ours["perplexity"] / theirs["perplexity"] - 1
     return {"max_ppl_increase": increase, "max_kl": ours["kl"], "perplexity": ours["perplexity"]}
+
+
+# Quality with maps: fitted to every depth, and measured with it
+
+
+def wide_pruner(**fields: Any) -> BlockPruner:
+    text = [{"input_ids": list(row)} for row in own_text(sharp)]
+    given = {"dataset": text, "num_samples": 12, "seqlen": 24, "compensation": "ridge", "protect_first": 1, **fields}
+    return BlockPruner(sharp(), config(**given), word_tokenizer())
+
+
+def sharp() -> PreTrainedModel:
+    """A model whose blocks do much, and whose predictions are sharp."""
+    model = wide("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
+def with_maps(plan: PruningPlan, windows: CalibrationWindows) -> dict[str, float]:
+    """As `quality`, of the wide model."""
+    dense, spec = sharp(), EvaluationSpec(speed=False, continuations=0)
+    theirs = evaluate_model(dense, windows, spec)
+    ours = evaluate_model(plan.apply(sharp()), windows, spec, baseline=dense)
+    return {"kl": ours["kl"], "increase": ours["perplexity"] / theirs["perplexity"] - 1}
+
+
+@pytest.mark.parametrize("budget", ["max_kl", "max_ppl_increase"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"strategy": "sleb"},
+        {"strategy": "search", "compensation": "ridge"},
+        {"strategy": "shortgpt", "compensation": "auto"},
+        {"strategy": "random", "compensation": "scale"},
+        {"strategy": "sleb", "unit": "half_block"},
+    ],
+    ids=lambda fields: "-".join(fields.values()),
+)
+def test_a_budget_of_quality_is_held_to_the_model_with_its_maps(fields: dict[str, Any], budget: str) -> None:
+    figure = {"max_kl": "kl", "max_ppl_increase": "increase"}[budget]
+    pruner = wide_pruner(**fields, **{budget: 1e6})
+    before = snapshot(pruner.model)
+    trail = pruner.make_plan().details["budget"]["trail"]
+    assert_unchanged(pruner.model, before)
+    reached = [max(entry[figure], 1e-9) for entry in trail]
+    limit = (reached[0] + max(reached)) / 2
+    kept = next((number for number, value in enumerate(reached) if value > limit), len(reached))
+    assert 0 < kept < len(reached)
+    plan = wide_pruner(**fields, **{budget: limit}).make_plan()
+    assert plan.num_removed == kept and [each["within"] for each in plan.details["budget"]["trail"]][-1] is False
+    assert plan.requested == {budget: limit} and plan.details["compensation"]["asked"] == pruner.config.compensation
+    same = wide_pruner(**fields, num_blocks=kept).make_plan()
+    assert (plan.removed_names, plan.folds) == (same.removed_names, same.folds)
+    wanted = pruner.config.recipe
+    windows = windows_for(find_blocks(pruner.model), wanted.dataset, pruner.tokenizer, window_spec(wanted, beside=12))
+    assert windows.describe()["fingerprint"] == plan.details["budget"]["held_out"]["fingerprint"]
+    assert plan.details["budget"][figure] == pytest.approx(with_maps(plan, windows)[figure], rel=1e-3, abs=1e-6)
+
+
+def test_maps_let_more_go() -> None:
+    """The figure of every depth is that of the model with maps, and some of them help."""
+    with_them, without = (
+        wide_pruner(compensation=each, max_kl=1e6).make_plan().details["budget"]["trail"] for each in ("ridge", "none")
+    )
+    assert sum(each["kl"] for each in with_them) < 0.9 * sum(each["kl"] for each in without)
 
 
 # Quality: as much goes as may
@@ -449,8 +517,15 @@ def test_a_model_is_really_timed_and_put_back(family: str) -> None:
 # Going on after a crash, and several processes
 
 
-@pytest.mark.parametrize("fields", [{"max_kl": 0.002}, {"strategy": "shortgpt", "max_kl": 0.002}], ids=str)
-@pytest.mark.parametrize("written", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("fields", "written"),
+    [
+        *(({"max_kl": 0.002}, written) for written in (1, 2, 4)),
+        *(({"strategy": "shortgpt", "max_kl": 0.002}, written) for written in (1, 2, 4)),
+        *(({"strategy": "search", "max_kl": 0.002, "compensation": "ridge"}, written) for written in (1, 4, 7)),
+    ],
+    ids=str,
+)
 def test_a_search_goes_on_after_an_interruption(fields, written: int, tmp_path: Path, monkeypatch) -> None:
     whole = idle_pruner(**fields).make_plan()
     write = Ledger.write
@@ -477,6 +552,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl": {"max_kl": 0.145, "num_samples": 3},
     "one-pass": {"max_kl": 0.09, "strategy": "shortgpt", "num_samples": 3},
     "increase": {"max_ppl_increase": 0.05, "num_samples": 3},
+    "maps": {"max_kl": 0.16, "num_samples": 4, "compensation": "ridge"},
     "speed": {"target_speedup": 1.0001},
 }
 
@@ -504,7 +580,9 @@ def test_two_processes_choose_what_one_does(name: str, played) -> None:
         assert ours == pytest.approx(theirs, rel=1e-6)
     said = [json.loads(line) for each in outcomes for line in each.out.splitlines()]
     shares = [line["block_forwards"] for line in said if line["name"] == name]
-    assert sum(shares) == pruner.report.block_forwards and min(shares) > 0
+    # What the dense model predicts on the windows that judge maps, every process finds out for itself.
+    repeated = sum(shares) - pruner.report.block_forwards
+    assert min(shares) > 0 and (0 < repeated < 0.05 * sum(shares) if name == "maps" else repeated == 0)
 
 
 # What plans, configurations, cards and commands make of it

@@ -294,13 +294,6 @@ def test_one_window_cannot_judge_itself() -> None:
         made("llama", "2", dataset=rows(1), num_samples=1)
 
 
-def test_budgets_of_quality_are_measured_without_it() -> None:
-    fields = {"dataset": rows(), "num_samples": 4, "seqlen": 24, "compensation": "ridge"}
-    pruner = BlockPruner(tiny_model("llama"), BlockPruningConfig("sleb", max_ppl_increase=0.5, **fields))
-    with pytest.raises(ConfigurationError, match="max_ppl_increase"):
-        pruner.make_plan()
-
-
 def test_strategies_of_width_take_none() -> None:
     fields = {"dataset": rows(), "num_samples": 4, "seqlen": 24, "compensation": "ridge"}
     pruner = BlockPruner(tiny_model("llama"), BlockPruningConfig("magnitude", sparsity=0.5, **fields))

@@ -18,11 +18,10 @@ from optimum_blockprune.presets import spelt_out
         ({"num_blocks": 2}, "ridge"),
         ({"sparsity": 0.2, "compensation": "scale"}, "scale"),
         ({"target_speedup": 1.2}, "ridge"),
-        ({"max_kl": 0.3}, "none"),
-        ({"max_ppl_increase": 0.1}, "none"),
+        ({"max_kl": 0.3}, "ridge"),
     ],
 )
-def test_auto_is_search_with_what_the_budget_allows(fields: dict[str, Any], compensation: str) -> None:
+def test_auto_is_search_with_ridge_unless_another_is_named(fields: dict[str, Any], compensation: str) -> None:
     config = BlockPruningConfig("auto", dataset="wikitext2", **fields)
     assert (config.strategy, config.compensation) == ("search", compensation)
     assert config == BlockPruningConfig("search", dataset="wikitext2", **{**fields, "compensation": compensation})
