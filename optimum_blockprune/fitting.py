@@ -79,6 +79,23 @@ def fitting_part(windows: CalibrationWindows, share: int) -> tuple[CalibrationWi
     return windows.part([row for row in every if row not in judges]), windows.part(judges)
 
 
+def crossed_parts(
+    windows: CalibrationWindows, tokens: int, groups: int
+) -> list[tuple[CalibrationWindows, CalibrationWindows]]:
+    """Pairs of windows that maps are fitted on and others that judge them, each of which judges once (cross-fitting).
+
+    Args:
+        windows: At least two.
+        tokens: That judge, in all pairs together; whole windows, spread evenly, and no more than there are.
+        groups: Pairs, at most.
+    """
+    total = windows.num_windows
+    count = min(total, -(-tokens // windows.input_ids.shape[1]))
+    judges = [(2 * number + 1) * total // (2 * count) for number in range(count)]
+    parts = [judges[first::groups] for first in range(min(groups, count))]
+    return [(windows.part([row for row in range(total) if row not in part]), windows.part(part)) for part in parts]
+
+
 def solved(sums: dict[str, Tensor], kind: str, strength: float) -> Tensor:
     """T (or its diagonal), fp32, from the sums over tokens and the strength of the shrinkage.
 

@@ -7,29 +7,32 @@ with y what is written to the stream s in front of the gap, T is the minimum ove
     |y (T - I) - (s_end - s_start)|^2 / |s_start|^2  +  a |T - I|^2
 
 The other windows judge: the KL divergence from the dense model of the model without that run alone, with T in its
-weights. All of it is our choice; so is what it is for: such costs nearly add up over runs that are no neighbours, so
-that the best set of runs is a matter of dynamic programming. Those of removals without maps add up far less well.
+weights. That is done a few times, with other windows that judge each time; after each, what clearly belongs to no good
+set of runs is left out. All of it is our choice; so is what it is for: such costs nearly add up over runs that are no
+neighbours, so that the best set of runs is a matter of dynamic programming. Those of removals without maps add up far
+less well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
+from .batches import Batch, CalibrationWindows
 from .branching import head_losses
 from .compensating import widest, writer_before
 from .errors import NonFiniteError
-from .fitting import Tokens, fitting_part, solved, weights_of
+from .fitting import Tokens, crossed_parts, solved, weights_of
 from .folding import Prepared
 from .folds import Fold
 from .half import MLP, PARTS, Half, units_of
 from .losses import predicted
 from .measures import fp64_zeros
+from .near_best import Run, near_best
 from .runner import BlockOutput
 from .stand_ins import hooks
 from .strategies.base import SearchContext
@@ -37,22 +40,36 @@ from .teacher import with_teacher
 from .writers import Writer
 
 
-# One window in so many judges; fewer where that is more than so many tokens.
-JUDGES, ENOUGH_TOKENS = 4, 1024
+# Tokens that judge, and in how many parts; a run goes on to the next part if it is in a set of runs that costs at most
+# so many times as much as the best one.
+ENOUGH_TOKENS, PARTS_OF_JUDGES, SLACK = 2048, 4, 1.2
 STRENGTH = 0.3
 # What the sums of the starts that one pass serves may take.
 _MAX_BYTES = 2**30
 
-# A run: its first piece and the number of blocks that it is worth.
-Costs = dict[tuple[int, int], float]
-Maps = dict[tuple[int, int], Tensor]
+Costs = dict[Run, float]
+Maps = dict[Run, Tensor]
 
 
-def run_costs(context: SearchContext, compensation: str) -> Costs:
-    """The KL divergence, nats per token, of the model without each run alone, with its map; see the module docstring.
+@dataclass(frozen=True)
+class RunCosts:
+    """KL divergences, nats per token, of the model without each run alone, with its map; infinite where not finite.
 
-    Costs one pass of the dense model over most windows (more where the sums of all starts together exceed 1 GiB), and,
-    per run, the blocks behind its start on the others: a quarter of the windows, or 1,024 tokens if that is less.
+    Attributes:
+        first: Of all runs, on the first part of the windows that judge.
+        whole: Of those that could be in a good set of runs by all parts but the last, on all windows that judge.
+    """
+
+    first: Costs
+    whole: Costs
+
+
+def run_costs(context: SearchContext, compensation: str) -> RunCosts:
+    """What runs cost; see the module docstring.
+
+    Up to 2,048 tokens judge, in four parts; maps are fitted on all windows but those of the part. For each part that
+    is one pass of the dense model (more where the sums of all starts together exceed 1 GiB) and, per run, the blocks
+    behind its start on the windows that judge.
 
     Args:
         context: Of the search; runs hold up to `num_remove` blocks, and removable ones only.
@@ -61,7 +78,28 @@ def run_costs(context: SearchContext, compensation: str) -> Costs:
     Raises:
         NonFiniteError: Statistics are NaN or infinite.
     """
-    return _RunCosts(context, compensation).measured()
+    row = context.row
+    runs = [
+        (start, count) for count in range(1, context.num_remove + 1) for start in row.starts(context.removable, count)
+    ]
+    starts = [_start(context, piece) for piece in sorted({piece for piece, _ in runs})]
+    first, costs, sums, tokens = {}, {}, {}, 0
+    parts = crossed_parts(context.require_windows(), ENOUGH_TOKENS, PARTS_OF_JUDGES)
+    # Kept nowhere: sums of all starts are far larger than what comes of them.
+    fitting = replace(context, ledger=None)
+    # Judges are few: every process takes some of them.
+    share = -(-max(judges.num_windows for _, judges in parts) // context.team.size)
+    judging = replace(context, batch_size=min(context.batch_size, share))
+    for number, (fitted, judges) in enumerate(parts, 1):
+        if costs:
+            runs = near_best(costs, context.num_remove, step=row.per_block, slack=SLACK)
+        part = _Part(fitting, judging, compensation, number, fitted, judges)
+        losses = part.losses([start.of(runs) for start in starts])
+        sums = {run: sums.get(run, 0.0) + loss for run, loss in losses.items()}
+        tokens += part.predictions
+        costs = {run: total / tokens if math.isfinite(total) else math.inf for run, total in sums.items()}
+        first = first or costs
+    return RunCosts(first, costs)
 
 
 @dataclass(frozen=True)
@@ -70,63 +108,75 @@ class _Start:
 
     Attributes:
         piece: The first one that goes.
-        counts: Numbers of blocks that may go from here on.
         before: The half that writes in front of it; `None` in front of the first block.
         writer: What can take a map there, if anything.
+        counts: Numbers of blocks that may go from here on.
     """
 
     piece: int
-    counts: tuple[int, ...]
     before: Half | None
     writer: Writer | None
+    counts: tuple[int, ...] = ()
+
+    def of(self, runs: Iterable[Run]) -> _Start:
+        """With the numbers of blocks of those runs that begin here."""
+        return replace(self, counts=tuple(sorted(count for piece, count in runs if piece == self.piece)))
 
 
-class _RunCosts:
-    def __init__(self, context: SearchContext, compensation: str) -> None:
-        self.context, self.runner, self.row = context, context.runner, context.row
-        self.compensation = compensation
-        windows = context.require_windows()
-        self.fitted, judges = fitting_part(windows, max(JUDGES, windows.num_tokens // ENOUGH_TOKENS))
-        self.judges = with_teacher(self.runner, judges, context.batch_size)
-        self.starts = [self._start(piece, counts) for piece, counts in self._counts().items()]
+def _start(context: SearchContext, piece: int) -> _Start:
+    if piece == 0:
+        return _Start(piece, None, None)
+    per_block = context.row.per_block
+    block, part = divmod(piece - 1, per_block)
+    before = Half(block, PARTS[part] if per_block > 1 else MLP)
+    # The half behind it goes, too, where the gap begins within a block.
+    off = [] if before.part == MLP else [Half(block, MLP)]
+    return _Start(piece, before, writer_before(context.runner, before, off))
 
-    def measured(self) -> Costs:
-        found: Costs = {}
-        with self.context.progress(sum(len(start.counts) for start in self.starts), "Runs with maps") as bar:
-            for group in self._groups():
+
+class _Part:
+    """Fits maps on some windows and judges them on others.
+
+    Attributes:
+        predictions: Number of predictions that judge.
+    """
+
+    def __init__(
+        self,
+        fitting: SearchContext,
+        judging: SearchContext,
+        compensation: str,
+        number: int,
+        fitted: CalibrationWindows,
+        judges: CalibrationWindows,
+    ) -> None:
+        self.fitting, self.judging, self.runner, self.row = fitting, judging, judging.runner, judging.row
+        self.compensation, self.number, self.fitted = compensation, number, fitted
+        self.judges = with_teacher(self.runner, judges, judging.batch_size)
+        self.predictions = sum(int(predicted(batch).sum()) for batch in self.judges.batches(self.judges.num_windows))
+
+    def losses(self, starts: Sequence[_Start]) -> Costs:
+        """The KL divergence of every run, summed over the predictions that judge."""
+        starts, found = [start for start in starts if start.counts], {}
+        total = sum(len(start.counts) for start in starts)
+        with self.judging.progress(total, f"Runs with maps, part {self.number}") as bar:
+            for group in self._groups(starts):
                 end = bar.n + sum(len(start.counts) for start in group)
                 losses = self._judged(group, bar.update)
                 for start, row in zip(group, losses.tolist(), strict=True):
                     found |= {(start.piece, count): row[count - 1] for count in start.counts}
                 # What was read back, or measured by another process, counts as done.
                 bar.update(max(0, end - bar.n))
-        return {run: cost if math.isfinite(cost) else math.inf for run, cost in found.items()}
+        return found
 
-    def _counts(self) -> dict[int, tuple[int, ...]]:
-        """For every piece that runs may begin with, how many blocks they may be worth."""
-        found: dict[int, list[int]] = {}
-        for count in range(1, self.context.num_remove + 1):
-            for piece in self.row.starts(self.context.removable, count):
-                found.setdefault(piece, []).append(count)
-        return {piece: tuple(found[piece]) for piece in sorted(found)}
-
-    def _start(self, piece: int, counts: tuple[int, ...]) -> _Start:
-        if piece == 0:
-            return _Start(piece, counts, None, None)
-        block, part = divmod(piece - 1, self.row.per_block)
-        before = Half(block, PARTS[part] if self.row.per_block > 1 else MLP)
-        # The half behind it goes, too, where the gap begins within a block.
-        off = [] if before.part == MLP else [Half(block, MLP)]
-        return _Start(piece, counts, before, writer_before(self.runner, before, off))
-
-    def _groups(self) -> list[list[_Start]]:
+    def _groups(self, starts: Sequence[_Start]) -> list[Sequence[_Start]]:
         """The starts, in groups whose sums fit into memory together."""
         width = self.runner.first_hidden(next(iter(self.fitted.batches(1))).beginning()).shape[-1]
-        size = max(1, _MAX_BYTES // (8 * width * width * (self.context.num_remove + 1)))
-        return [self.starts[begin : begin + size] for begin in range(0, len(self.starts), size)]
+        size = max(1, _MAX_BYTES // (8 * width * width * (self.judging.num_remove + 1)))
+        return [starts[begin : begin + size] for begin in range(0, len(starts), size)]
 
     def _judged(self, group: Sequence[_Start], update: Callable[[float], object]) -> Tensor:
-        """Nats per token [starts, counts] on the windows that judge."""
+        """Summed KL [starts, counts] on the windows that judge."""
         maps: Maps = {}
 
         def measure(size: int) -> dict[str, Tensor]:
@@ -135,17 +185,15 @@ class _RunCosts:
                 maps.update(self._maps(group))
             return {"losses": self._losses(group, maps, size, update)}
 
-        found = self.context.measured(f"runs-{self.compensation}-{group[0].piece}-{len(group)}", measure)["losses"]
-        tokens = sum(int(predicted(batch).sum()) for batch in self.judges.batches(self.judges.num_windows))
-        return found / tokens
+        name = f"runs-{self.compensation}-{self.number}-{group[0].piece}-{len(group)}"
+        return self.judging.measured(name, measure)["losses"]
 
     def _maps(self, group: Sequence[_Start]) -> Maps:
         """T of every run that begins in the group, by its first piece and its number of blocks."""
         able = [start for start in group if start.writer is not None]
         if not able:
             return {}
-        # Kept nowhere: sums of all starts are far larger than what comes of them.
-        sums = replace(self.context, ledger=None).measured("maps", lambda size: self._sums(able, size))
+        sums = self.fitting.measured("maps", lambda size: self._sums(able, size))
         maps = {}
         for start in able:
             kind = widest(start.writer, self.compensation)
@@ -160,7 +208,7 @@ class _RunCosts:
     def _sums(self, starts: Sequence[_Start], size: int) -> dict[str, Tensor]:
         """y'y by start, first tokens apart, and y'(s_end - s_start) by run, over this process's tokens, in fp64."""
         sums: dict[str, Tensor] = {}
-        for _, batch in self.context.batches(size, self.fitted):
+        for _, batch in self.fitting.batches(size, self.fitted):
             tokens = Tokens.of(self.runner.positions(batch))
             watch = _Watch(starts, self.row.per_block, tokens, sums)
             with hooks() as hook:
@@ -181,11 +229,11 @@ class _RunCosts:
         update: Callable[[float], object],
     ) -> Tensor:
         """Summed KL [starts, counts] of this process's windows."""
-        shape, losses = (len(group), self.context.num_remove), None
+        shape, losses = (len(group), self.judging.num_remove), None
         trunk: dict[int, BlockOutput | None] = {}
         for number, start in enumerate(group):
             prepared = {count: self._prepared(start, count, maps) for count in start.counts}
-            for place, batch in self.context.batches(size, self.judges):
+            for place, batch in self.judging.batches(size, self.judges):
                 state = trunk[place] = self._trunk(batch, start, trunk.get(place))
                 for count, folds in prepared.items():
                     pieces = range(start.piece, start.piece + count * self.row.per_block)

@@ -185,7 +185,7 @@ def wide_pruner(family: str = "llama", **fields: Any) -> BlockPruner:
 def failing_maps(fields: Mapping[str, Any]) -> None:
     """One process after the other fails at each of the places where maps are fitted and judged."""
     team = _join()
-    places = [(run_costs._RunCosts, each) for each in ("_start", "_sums", "_losses")]
+    places = [(run_costs, "_start"), (run_costs._Part, "_sums"), (run_costs._Part, "_losses")]
     places += [(_Compensation, each) for each in ("_sums", "_wanted", "_step")]
     found = {}
     for kind, name in places:
@@ -196,8 +196,8 @@ def failing_maps(fields: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _broken(kind: type, name: str, broken: bool) -> Any:
-    """A method that fails where it is broken."""
+def _broken(kind: Any, name: str, broken: bool) -> Any:
+    """A method or a function that fails where it is broken."""
 
     def fail(*_args: Any) -> None:
         raise ArithmeticError("this device is broken")
@@ -216,7 +216,7 @@ def short_of_memory(fields: Mapping[str, Any], folder: str) -> None:
     team, halved = _join(), []
     for name in ("_sums", "_losses"):
         if team.rank == team.size - 1:
-            setattr(run_costs._RunCosts, name, _of_one_window(getattr(run_costs._RunCosts, name), halved))
+            setattr(run_costs._Part, name, _of_one_window(getattr(run_costs._Part, name), halved))
     wide_pruner(**fields).make_plan().save(Path(folder) / f"memory-{team.rank}.json")
     _say(halved=halved)
 

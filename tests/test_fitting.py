@@ -9,7 +9,7 @@ from families import random_ids
 from torch import Tensor
 
 from optimum_blockprune.batches import CalibrationWindows
-from optimum_blockprune.fitting import STRENGTHS, Tokens, fitting_part, solved, weights_of
+from optimum_blockprune.fitting import STRENGTHS, Tokens, crossed_parts, fitting_part, solved, weights_of
 from optimum_blockprune.folds import DIAGONAL, MATRIX
 
 
@@ -54,6 +54,23 @@ def test_some_windows_judge() -> None:
     assert torch.equal(judges.input_ids, windows.input_ids[[3, 7]]) and fitted.num_windows == 7
     fitted, judges = fitting_part(windows, 100)
     assert torch.equal(judges.input_ids, windows.input_ids[[8]]) and fitted.num_windows == 8
+
+
+def test_windows_judge_each_once_what_others_were_fitted_on() -> None:
+    windows = CalibrationWindows.from_tokens(random_ids(9, 8), source="made up")
+    for tokens, groups, expected in (
+        (1000, 4, [[0, 4, 8], [1, 5], [2, 6], [3, 7]]),
+        (40, 2, [[0, 4, 8], [2, 6]]),
+        (17, 4, [[1], [4], [7]]),
+        (1, 4, [[4]]),
+    ):
+        pairs = crossed_parts(windows, tokens, groups)
+        assert [judges.input_ids.tolist() for _, judges in pairs] == [
+            windows.input_ids[rows].tolist() for rows in expected
+        ]
+        for rows, (fitted, _) in zip(expected, pairs, strict=True):
+            rest = [row for row in range(9) if row not in rows]
+            assert torch.equal(fitted.input_ids, windows.input_ids[rest])
 
 
 # The solution

@@ -170,7 +170,7 @@ def test_one_process_may_be_short_of_memory(
 ) -> None:
     assert [outcome.code for outcome in played["memory"]] == [0, 0], played["memory"][1].err[-2000:]
     halved = [json.loads(outcome.out)["halved"] for outcome in played["memory"]]
-    assert halved == [[], ["_RunCosts._sums", "_RunCosts._losses"]]
+    assert halved == [[], ["_Part._sums", "_Part._losses"]]
     first, second = found(folder, "memory", 2)
     assert first.to_dict() == second.to_dict()
     assert_close(of_one["auto-pairs"].to_dict(), first.to_dict())

@@ -96,16 +96,16 @@ def pruner(**fields: Any) -> BlockPruner:
 
 
 @pytest.fixture
-def fitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first pieces of the starts that maps were fitted for, which come in several groups."""
-    seen: list[int] = []
-    maps = run_costs._RunCosts._maps
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The part, and the first piece, of the starts that maps were fitted for, which come in several groups."""
+    seen: list[tuple[int, int]] = []
+    maps = run_costs._Part._maps
 
-    def noted(costs: Any, group: Any) -> Any:
-        seen.extend(start.piece for start in group)
-        return maps(costs, group)
+    def noted(part: Any, group: Any) -> Any:
+        seen.extend((part.number, start.piece) for start in group)
+        return maps(part, group)
 
-    monkeypatch.setattr(run_costs._RunCosts, "_maps", noted)
+    monkeypatch.setattr(run_costs._Part, "_maps", noted)
     monkeypatch.setattr(run_costs, "_MAX_BYTES", GROUPS)
     return seen
 
@@ -119,26 +119,27 @@ def kept_and_failed(made: BlockPruner, folder: Path) -> None:
 
 @pytest.mark.parametrize("lost", [(), (1,), (2, 4), (1, 2, 3, 4)])
 def test_maps_are_fitted_only_where_the_ledger_lacks_the_group(
-    lost: tuple[int, ...], fitted: list[int], tmp_path: Path
+    lost: tuple[int, ...], fitted: list[tuple[int, int]], tmp_path: Path
 ) -> None:
     first, kept = pruner(), tmp_path / "kept"
     kept_and_failed(first, kept)
-    assert fitted == [1, 2, 3, 4]
-    for piece in lost:
-        (path,) = kept.rglob(f"runs-ridge-{piece}-1-*.safetensors")
+    assert fitted[:4] == [(1, 1), (1, 2), (1, 3), (1, 4)] and {part for part, _ in fitted} == {1, 2, 3, 4}
+    lost = [each for each in fitted if each[1] in lost]
+    for part, piece in lost:
+        (path,) = kept.rglob(f"runs-ridge-{part}-{piece}-1-*.safetensors")
         path.unlink()
     del fitted[:]
     second = pruner()
     plan = second.make_plan(resume_dir=kept)
-    assert fitted == list(lost) and plan.to_dict() == first.plan.to_dict()
+    assert fitted == lost and plan.to_dict() == first.plan.to_dict()
     assert (second.report.block_forwards < first.report.block_forwards) and not kept.exists()
 
 
-def test_a_damaged_group_is_fitted_again(fitted: list[int], tmp_path: Path) -> None:
+def test_a_damaged_group_is_fitted_again(fitted: list[tuple[int, int]], tmp_path: Path) -> None:
     first, kept = pruner(), tmp_path / "kept"
     kept_and_failed(first, kept)
-    (path,) = kept.rglob("runs-ridge-3-1-*.safetensors")
+    (path,) = kept.rglob("runs-ridge-1-3-1-*.safetensors")
     path.write_bytes(path.read_bytes()[:-9])
     del fitted[:]
     assert pruner().make_plan(resume_dir=kept).to_dict() == first.plan.to_dict()
-    assert fitted == [3]
+    assert fitted == [(1, 3)]

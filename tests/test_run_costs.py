@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from optimum_blockprune import BlockPruner, BlockPruningConfig, run_costs
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.errors import ConfigurationError, NonFiniteError
-from optimum_blockprune.fitting import fitting_part
+from optimum_blockprune.fitting import crossed_parts
 from optimum_blockprune.folding import Prepared
 from optimum_blockprune.folds import Fold
 from optimum_blockprune.half import Half
@@ -55,10 +55,26 @@ def streams(runner: BlockRunner, windows: CalibrationWindows, per_block: int) ->
     return [torch.cat(seen[at]) for at in sorted(seen)]
 
 
-def cost_by_hand(context: SearchContext, family: str, first: int, count: int) -> float:
+def parts_of(context: SearchContext) -> list[tuple[CalibrationWindows, CalibrationWindows]]:
+    return crossed_parts(context.windows, run_costs.ENOUGH_TOKENS, run_costs.PARTS_OF_JUDGES)
+
+
+def cost_by_hand(context: SearchContext, family: str, first: int, count: int, parts: int) -> float:
+    """The mean over the first few parts."""
+    found = [_loss_of_part(context, family, first, count, *part) for part in parts_of(context)[:parts]]
+    return sum(total for total, _ in found) / sum(tokens for _, tokens in found)
+
+
+def _loss_of_part(
+    context: SearchContext,
+    family: str,
+    first: int,
+    count: int,
+    fitted: CalibrationWindows,
+    judges: CalibrationWindows,
+) -> tuple[float, int]:
     """By ordinary least squares on rows that hold the shrinkage, and the loss of the whole model."""
     runner, per_block = context.runner, context.row.per_block
-    fitted, judges = fitting_part(context.windows, run_costs.JUDGES)
     states = streams(runner, fitted, 2)
     begin, end = 2 * first // per_block, 2 * first // per_block + 2 * count
     written = states[begin] - states[begin - 1]
@@ -81,7 +97,7 @@ def cost_by_hand(context: SearchContext, family: str, first: int, count: int) ->
         for batch in judges.batches(2):
             loss, predictions = runner.nll(batch, gone)
             total, tokens = total + loss.item(), tokens + predictions
-    return total / tokens
+    return total, tokens
 
 
 @pytest.mark.parametrize("unit", ["block", "half_block"])
@@ -90,10 +106,30 @@ def test_costs_are_those_of_the_model_with_the_map_in_it(family: str, unit: str)
     context = context_for(wide(family), 3, unit=unit)
     costs = run_costs.run_costs(context, "ridge")
     row = context.row
-    assert set(costs) == {(start, count) for count in (1, 2, 3) for start in row.starts(context.removable, count)}
+    every = {(start, count) for count in (1, 2, 3) for start in row.starts(context.removable, count)}
+    assert set(costs.first) == every and set(costs.whole) < every
     tried = [(row.per_block, 1), (row.per_block * 2, 2), (row.per_block + 1, 3 if unit == "half_block" else 2)]
-    for first, count in tried:
-        assert costs[first, count] == pytest.approx(cost_by_hand(context, family, first, count), rel=2e-3, abs=1e-6)
+    for run in tried:
+        assert costs.first[run] == pytest.approx(cost_by_hand(context, family, *run, 1), rel=2e-3, abs=1e-6)
+    for run in [*costs.whole][::3]:
+        assert costs.whole[run] == pytest.approx(cost_by_hand(context, family, *run, 4), rel=2e-3, abs=1e-6)
+
+
+def test_runs_of_no_good_set_are_dropped_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, seen = context_for(wide("llama"), 3), []
+    losses = run_costs._Part.losses
+
+    def noted(part: Any, starts: Any) -> Any:
+        seen.append({(start.piece, count) for start in starts for count in start.counts})
+        return losses(part, starts)
+
+    monkeypatch.setattr(run_costs._Part, "losses", noted)
+    costs = run_costs.run_costs(context, "ridge")
+    assert len(seen) == 4 and seen[0] > seen[1] >= seen[2] >= seen[3] == set(costs.whole)
+    # With a slack that drops nothing, what is left has the same costs.
+    monkeypatch.setattr(run_costs, "SLACK", 1e9)
+    every = run_costs.run_costs(context, "ridge").whole
+    assert set(every) == seen[0] and all(every[run] == cost for run, cost in costs.whole.items())
 
 
 @pytest.mark.parametrize("unit", ["block", "half_block"])
@@ -113,14 +149,15 @@ def test_maps_make_runs_cheaper() -> None:
     windows = CalibrationWindows.from_tokens(random_ids(64, 32), source="made up")
     context = context_for(model, 2, windows=windows)
     costs, plain = (run_costs.run_costs(context, kind) for kind in ("ridge", "scale"))
-    assert sum(costs.values()) < sum(plain.values())
+    assert sum(costs.first.values()) < sum(plain.first.values())
 
 
 @pytest.mark.parametrize("unit", ["block", "half_block"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
-def test_the_choice_has_the_smallest_sum_of_all(family: str, unit: str) -> None:
+def test_the_choice_has_the_smallest_sum_of_all(family: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_costs, "SLACK", 1e9)
     context = context_for(wide(family, 6), 2, unit=unit)
-    plan, costs, row = Search().select(context), run_costs.run_costs(context, "ridge"), context.row
+    plan, costs, row = Search().select(context), run_costs.run_costs(context, "ridge").whole, context.row
     free, best = row.free(context.removable), None
     ends = {run: run[0] + run[1] * row.per_block for run in costs}
     sets = [[run] for run in costs if run[1] == 2]
@@ -130,7 +167,8 @@ def test_the_choice_has_the_smallest_sum_of_all(family: str, unit: str) -> None:
     best = min(sum(costs[run] for run in each) for each in sets)
     assert plan.details["additive_kl"] == pytest.approx(best, rel=1e-9)
     assert plan.num_removed == 2 and len(free) == 4 * row.per_block
-    assert plan.truncate(1).num_removed == 1 and plan.details["runs_measured"] == len(costs)
+    assert plan.truncate(1).num_removed == 1
+    assert plan.details["runs_measured"] == plan.details["runs_judged_on_all"] == len(costs)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "falcon"])
@@ -142,10 +180,10 @@ def test_blocks_without_halves_can_be_chosen(family: str) -> None:
 def test_the_first_block_has_nothing_in_front_of_it() -> None:
     context = context_for(wide("llama"), 1, removable=(0, 1, 2))
     costs = run_costs.run_costs(context, "ridge")
-    judges = with_teacher(context.runner, fitting_part(context.windows, run_costs.JUDGES)[1], 2)
+    judges = with_teacher(context.runner, parts_of(context)[0][1], 2)
     losses = [context.runner.nll(batch, [0]) for batch in judges.batches(2)]
     plain = sum(loss.item() for loss, _ in losses) / sum(count for _, count in losses)
-    assert costs[0, 1] == pytest.approx(plain, rel=1e-5)
+    assert costs.first[0, 1] == pytest.approx(plain, rel=1e-5)
 
 
 def config(**fields: Any) -> BlockPruningConfig:

@@ -59,6 +59,7 @@ LAYERS = (
     ("fitting", "reading", "steps"),
     ("greedy",),
     ("compensating",),
+    ("near_best",),
     ("run_costs",),
     ("block_bound", "checking", "mean_inputs", "plain_units", "strategies.ranking"),
     ("shell_text", "trial"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
     """The runs whose costs with maps have the smallest sum, for every number of blocks."""
     row, costs = context.row, run_costs(context, compensation)
     found = best_disjoint_runs(
-        lambda start, length: -costs[start, length // row.per_block],
+        lambda start, length: -costs.whole.get((start, length // row.per_block), math.inf),
         removable=row.free(context.removable),
         num_remove=context.num_remove,
         step=row.per_block,
@@ -153,9 +154,18 @@ def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
     logger.info(f"{len(runs)} runs; their divergences with maps add up to {-sum(best.scores):.4f} nats per token.")
     return context.plan(
         chosen.pop(context.num_remove),
-        scores={row.removals(range(at, at + row.per_block))[0]: cost for (at, n), cost in costs.items() if n == 1},
+        scores={
+            row.removals(range(at, at + row.per_block))[0]: cost
+            for (at, count), cost in costs.first.items()
+            if count == 1 and math.isfinite(cost)
+        },
         steps=runs,
-        details={"chosen_with": compensation, "additive_kl": -sum(best.scores), "runs_measured": len(costs)},
+        details={
+            "chosen_with": compensation,
+            "additive_kl": -sum(best.scores),
+            "runs_measured": len(costs.first),
+            "runs_judged_on_all": len(costs.whole),
+        },
         nested=False,
         smaller=chosen,
     )
