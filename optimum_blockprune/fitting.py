@@ -13,6 +13,7 @@ like others, and a constraint where something massive is. Our choice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,20 +81,27 @@ def fitting_part(windows: CalibrationWindows, share: int) -> tuple[CalibrationWi
 
 
 def crossed_parts(
-    windows: CalibrationWindows, tokens: int, groups: int
+    windows: CalibrationWindows, pairs: int, *, judging: int, fitting: int
 ) -> list[tuple[CalibrationWindows, CalibrationWindows]]:
     """Pairs of windows that maps are fitted on and others that judge them, each of which judges once (cross-fitting).
 
     Args:
         windows: At least two.
-        tokens: That judge, in all pairs together; whole windows, spread evenly, and no more than there are.
-        groups: Pairs, at most.
+        pairs: As many, or one for every window if these are fewer.
+        judging: Tokens that judge in all pairs together, but at least one window for each.
+        fitting: Tokens that are fitted on in each pair, at most. Windows are whole and spread evenly.
     """
-    total = windows.num_windows
-    count = min(total, -(-tokens // windows.input_ids.shape[1]))
-    judges = [(2 * number + 1) * total // (2 * count) for number in range(count)]
-    parts = [judges[first::groups] for first in range(min(groups, count))]
-    return [(windows.part([row for row in range(total) if row not in part]), windows.part(part)) for part in parts]
+    length, every = windows.input_ids.shape[1], range(windows.num_windows)
+    judges = _spread(every, max(pairs, -(-judging // length)))
+    parts = [judges[first::pairs] for first in range(min(pairs, len(judges)))]
+    others = [_spread([row for row in every if row not in part], -(-fitting // length)) for part in parts]
+    return [(windows.part(rows), windows.part(part)) for rows, part in zip(others, parts, strict=True)]
+
+
+def _spread(rows: Sequence[int], count: int) -> list[int]:
+    """So many of them, evenly; all if there are no more."""
+    count = min(count, len(rows))
+    return [rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)]
 
 
 def solved(sums: dict[str, Tensor], kind: str, strength: float) -> Tensor:

@@ -40,9 +40,10 @@ from .teacher import with_teacher
 from .writers import Writer
 
 
-# Tokens that judge, and in how many parts; a run goes on to the next part if it is in a set of runs that costs at most
-# so many times as much as the best one.
-ENOUGH_TOKENS, PARTS_OF_JUDGES, SLACK = 2048, 4, 1.2
+# So many parts, tokens that judge in all of them, and tokens that are fitted on in each, at most.
+ROUNDS, JUDGING, FITTING = 4, 2048, 32_768
+# A run goes on to the next part if it is in a set of runs that costs at most so many times as much as the best one.
+SLACK = 1.2
 STRENGTH = 0.3
 # What the sums of the starts that one pass serves may take.
 _MAX_BYTES = 2**30
@@ -67,9 +68,9 @@ class RunCosts:
 def run_costs(context: SearchContext, compensation: str) -> RunCosts:
     """What runs cost; see the module docstring.
 
-    Up to 2,048 tokens judge, in four parts; maps are fitted on all windows but those of the part. For each part that
-    is one pass of the dense model (more where the sums of all starts together exceed 1 GiB) and, per run, the blocks
-    behind its start on the windows that judge.
+    2,048 tokens judge (or four windows, if these are more), in four parts; maps are fitted on the other windows of a
+    part, up to 32,768 tokens. For each part that is one pass of the dense model (more where the sums of all starts
+    together exceed 1 GiB) and, per run, the blocks behind its start on the windows that judge.
 
     Args:
         context: Of the search; runs hold up to `num_remove` blocks, and removable ones only.
@@ -84,7 +85,7 @@ def run_costs(context: SearchContext, compensation: str) -> RunCosts:
     ]
     starts = [_start(context, piece) for piece in sorted({piece for piece, _ in runs})]
     first, costs, sums, tokens = {}, {}, {}, 0
-    parts = crossed_parts(context.require_windows(), ENOUGH_TOKENS, PARTS_OF_JUDGES)
+    parts = crossed_parts(context.require_windows(), ROUNDS, judging=JUDGING, fitting=FITTING)
     # Kept nowhere: sums of all starts are far larger than what comes of them.
     fitting = replace(context, ledger=None)
     # Judges are few: every process takes some of them.

@@ -58,19 +58,23 @@ def test_some_windows_judge() -> None:
 
 def test_windows_judge_each_once_what_others_were_fitted_on() -> None:
     windows = CalibrationWindows.from_tokens(random_ids(9, 8), source="made up")
-    for tokens, groups, expected in (
+    for tokens, count, expected in (
         (1000, 4, [[0, 4, 8], [1, 5], [2, 6], [3, 7]]),
         (40, 2, [[0, 4, 8], [2, 6]]),
-        (17, 4, [[1], [4], [7]]),
-        (1, 4, [[4]]),
+        (17, 3, [[1], [4], [7]]),
+        (1, 3, [[1], [4], [7]]),
+        (1, 1, [[4]]),
     ):
-        pairs = crossed_parts(windows, tokens, groups)
+        pairs = crossed_parts(windows, count, judging=tokens, fitting=1000)
         assert [judges.input_ids.tolist() for _, judges in pairs] == [
             windows.input_ids[rows].tolist() for rows in expected
         ]
         for rows, (fitted, _) in zip(expected, pairs, strict=True):
             rest = [row for row in range(9) if row not in rows]
             assert torch.equal(fitted.input_ids, windows.input_ids[rest])
+    ((fitted, _),) = crossed_parts(windows, 1, judging=1, fitting=25)
+    assert torch.equal(fitted.input_ids, windows.input_ids[[1, 3, 6, 8]])
+    assert len(crossed_parts(windows.part([0, 1]), 4, judging=1000, fitting=1000)) == 2
 
 
 # The solution

@@ -56,7 +56,7 @@ def streams(runner: BlockRunner, windows: CalibrationWindows, per_block: int) ->
 
 
 def parts_of(context: SearchContext) -> list[tuple[CalibrationWindows, CalibrationWindows]]:
-    return crossed_parts(context.windows, run_costs.ENOUGH_TOKENS, run_costs.PARTS_OF_JUDGES)
+    return crossed_parts(context.windows, run_costs.ROUNDS, judging=run_costs.JUDGING, fitting=run_costs.FITTING)
 
 
 def cost_by_hand(context: SearchContext, family: str, first: int, count: int, parts: int) -> float:
