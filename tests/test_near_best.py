@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs can be in a good set, against all sets there are."""
+"""Good sets of runs, and which runs can be in one, against all sets there are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 
-from optimum_blockprune.near_best import Run, near_best
+from optimum_blockprune.near_best import Run, fewest_runs, near_best
 from optimum_blockprune.strategies.selection import best_disjoint_runs
 
 
@@ -73,3 +73,39 @@ def test_numbers_of_blocks_that_cannot_be_chosen_keep_nothing() -> None:
     # Of three pieces in a row, two blocks can only go as one run here, and that one must not.
     costs = {(0, 1): 1.0, (1, 1): 1.0, (0, 2): math.inf}
     assert near_best(costs, 2, step=1, slack=1.0) == [(0, 1), (1, 1)]
+
+
+# Few runs
+
+
+@pytest.mark.parametrize("slack", [1.0, 1.1, 1.5])
+@pytest.mark.parametrize(("pieces", "step", "most", "first"), [(6, 1, 3, 0), (8, 1, 4, 1), (9, 2, 3, 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_fewest_runs_of_all_good_sets(
+    seed: int, pieces: int, step: int, most: int, first: int, slack: float
+) -> None:
+    costs = costs_of(seed, pieces, step, most, first)
+    found = fewest_runs(costs, most, step=step, slack=slack + 1e-12)
+    sets = sets_of(costs, step, most)
+    assert found.keys() == sets.keys()
+    for total, every in sets.items():
+        sums = {runs: sum(map(costs.__getitem__, runs)) for runs in every}
+        good = [runs for runs, value in sums.items() if value <= slack * min(sums.values()) + 1e-12]
+        fewest = min(map(len, good))
+        assert tuple(found[total]) == min((runs for runs in good if len(runs) == fewest), key=sums.__getitem__)
+
+
+def test_a_run_takes_the_place_of_two_that_are_hardly_better() -> None:
+    costs = {(0, 1): 1.0, (2, 1): 1.0, (4, 1): 5.0, (0, 2): 9.0, (2, 2): 2.05, (1, 1): 9.0, (3, 1): 9.0}
+    assert fewest_runs(costs, 2, step=1, slack=1.0) == {1: [(0, 1)], 2: [(0, 1), (2, 1)]}
+    assert fewest_runs(costs, 2, step=1, slack=1.05) == {1: [(0, 1)], 2: [(2, 2)]}
+
+
+def test_numbers_without_a_finite_set_are_missing() -> None:
+    costs = {(0, 1): 1.0, (1, 1): 1.0, (0, 2): math.inf}
+    assert fewest_runs(costs, 2, step=1, slack=1.2) == {1: [(0, 1)]}
+
+
+def test_of_equal_sums_the_lowest_blocks_go() -> None:
+    costs = dict.fromkeys(costs_of(0, 8, 1, 3), 0.0)
+    assert fewest_runs(costs, 3, step=1, slack=1.0)[3] == [(0, 3)]

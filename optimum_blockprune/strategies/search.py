@@ -16,16 +16,18 @@ from optimum.utils import logging
 from ..errors import ConfigurationError, PlanError
 from ..greedy import Walk, named
 from ..half import Half, Removal, joined_halves, name_of, names_of, sorted_halves
+from ..near_best import Run, fewest_runs
 from ..plan import PruningPlan
 from ..run_costs import run_costs
 from ..steps import RACE, Steps, units_off
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
-from .selection import best_disjoint_runs
 
 
 logger = logging.get_logger("optimum.blockprune.search")
 
 CONFIDENCE = 0.999
+# Sums of costs that are at most so many times the smallest one are as good.
+AS_GOOD = 1.05
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,13 @@ class Search(PruningStrategy):
     Cost: a sweep has as many steps as there are removals, each like a step of SLEB. With a budget of quality or of
     speed (`max_kl`, ...) the walk ends where the budget does, and no exchange follows.
 
-    With compensation, or `compensated`, the cost of every run with its map (see `run_costs`), and the set of runs
-    with the smallest sum of costs, exactly (see `best_disjoint_runs`). Greedy removal is no guide there: a map makes
-    up for a whole run nearly as well as for one block of it, so that few long gaps are worth more than many short
-    ones. The loss is then the KL divergence, whatever the objective. Cost: see `run_costs`; there are no steps.
+    With compensation, or `compensated`, the cost of every run with its map (see `run_costs`), and the set of the
+    fewest runs whose sum of costs is within 5 % of the smallest one, exactly (see `fewest_runs`). Costs are known no
+    better, and every gap needs a map of its own, which fits other text less well than the text that it was fitted to
+    (our choice; in the spirit of the one-standard-error rule of Breiman et al., Classification and Regression Trees).
+    Greedy removal is no guide there: a map makes up for a whole run nearly as well as for one block of it, so that few
+    long gaps are worth more than many short ones. The loss is then the KL divergence, whatever the objective. Cost:
+    see `run_costs`; there are no steps.
     """
 
     name: ClassVar[str] = "search"
@@ -137,37 +142,37 @@ def _refuse_ignored(context: SearchContext) -> None:
 
 
 def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
-    """The runs whose costs with maps have the smallest sum, for every number of blocks."""
+    """Few runs whose costs with maps have a sum near the smallest one, for every number of blocks."""
     row, costs = context.row, run_costs(context, compensation)
-    found = best_disjoint_runs(
-        lambda start, length: -costs.whole.get((start, length // row.per_block), math.inf),
-        removable=row.free(context.removable),
-        num_remove=context.num_remove,
-        step=row.per_block,
-    )
-    chosen = {count: row.removals(selection.order) for count, selection in found.items()}
-    best = found[context.num_remove]
-    runs = [
-        {"run": names_of(row.removals(run.blocks)), "kl": -score}
-        for run, score in zip(best.runs, best.scores, strict=True)
-    ]
-    logger.info(f"{len(runs)} runs; their divergences with maps add up to {-sum(best.scores):.4f} nats per token.")
+    found = fewest_runs(costs.whole, context.num_remove, step=row.per_block, slack=AS_GOOD)
+    if context.num_remove not in found:
+        raise ConfigurationError(
+            f"Every choice of {context.num_remove} blocks has a run whose divergence is not finite; ask for fewer."
+        )
+
+    def removals(*runs: Run) -> list[Removal]:
+        ordered = sorted(runs, key=costs.whole.__getitem__)
+        return [each for at, count in ordered for each in row.removals(range(at, at + count * row.per_block))]
+
+    best = found.pop(context.num_remove)
+    total = math.fsum(costs.whole[run] for run in best)
+    logger.info(f"{len(best)} runs; their divergences with maps add up to {total:.4f} nats per token.")
     return context.plan(
-        chosen.pop(context.num_remove),
+        removals(*best),
         scores={
             row.removals(range(at, at + row.per_block))[0]: cost
             for (at, count), cost in costs.first.items()
             if count == 1 and math.isfinite(cost)
         },
-        steps=runs,
+        steps=[{"run": names_of(removals(run)), "kl": costs.whole[run]} for run in best],
         details={
             "chosen_with": compensation,
-            "additive_kl": -sum(best.scores),
+            "additive_kl": total,
             "runs_measured": len(costs.first),
             "runs_judged_on_all": len(costs.whole),
         },
         nested=False,
-        smaller=chosen,
+        smaller={count: removals(*runs) for count, runs in found.items()},
     )
 
 
