@@ -186,7 +186,8 @@ class _Part:
                 maps.update(self._maps(group))
             return {"losses": self._losses(group, maps, size, update)}
 
-        name = f"runs-{self.compensation}-{self.number}-{group[0].piece}-{len(group)}"
+        most = self.judging.num_remove
+        name = f"runs-{self.compensation}-{most}-{self.number}-{group[0].piece}-{len(group)}"
         return self.judging.measured(name, measure)["losses"]
 
     def _maps(self, group: Sequence[_Start]) -> Maps:

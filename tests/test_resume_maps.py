@@ -126,7 +126,7 @@ def test_maps_are_fitted_only_where_the_ledger_lacks_the_group(
     assert fitted[:4] == [(1, 1), (1, 2), (1, 3), (1, 4)] and {part for part, _ in fitted} == {1, 2, 3, 4}
     lost = [each for each in fitted if each[1] in lost]
     for part, piece in lost:
-        (path,) = kept.rglob(f"runs-ridge-{part}-{piece}-1-*.safetensors")
+        (path,) = kept.rglob(f"runs-ridge-2-{part}-{piece}-1-*.safetensors")
         path.unlink()
     del fitted[:]
     second = pruner()
@@ -138,7 +138,7 @@ def test_maps_are_fitted_only_where_the_ledger_lacks_the_group(
 def test_a_damaged_group_is_fitted_again(fitted: list[tuple[int, int]], tmp_path: Path) -> None:
     first, kept = pruner(), tmp_path / "kept"
     kept_and_failed(first, kept)
-    (path,) = kept.rglob("runs-ridge-1-3-1-*.safetensors")
+    (path,) = kept.rglob("runs-ridge-2-1-3-1-*.safetensors")
     path.write_bytes(path.read_bytes()[:-9])
     del fitted[:]
     assert pruner().make_plan(resume_dir=kept).to_dict() == first.plan.to_dict()

@@ -177,6 +177,31 @@ def test_the_choice_is_the_fewest_of_all_runs_that_are_as_good_as_the_best(
     assert plan.details["runs_measured"] == plan.details["runs_judged_on_all"] == len(costs)
 
 
+@pytest.mark.parametrize("last", [1, 4, 6, 9])
+def test_where_a_budget_decides_long_runs_are_measured_only_when_they_are_needed(
+    last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[Any]] = []
+    measured: list[int] = []
+    costs = run_costs.run_costs
+
+    def noted(context: SearchContext, compensation: str) -> Any:
+        measured.append(context.num_remove)
+        return costs(context, compensation)
+
+    def go_on(removed: Any) -> bool:
+        asked.append(list(removed))
+        return len(removed) < last
+
+    monkeypatch.setattr(search, "run_costs", noted)
+    windows = CalibrationWindows.from_tokens(random_ids(4, 8), source="made up")
+    plan = Search().select(context_for(wide("llama", 11), 9, windows=windows, go_on=go_on))
+    assert measured == {1: [4], 4: [4], 6: [4, 8], 9: [4, 8, 9]}[last]
+    assert [len(each) for each in asked] == list(range(1, last + 1))
+    # The plan and those of fewer blocks are what was asked about.
+    assert [list(plan.truncate(count).removed_blocks) for count in range(1, last + 1)] == asked
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "falcon"])
 def test_blocks_without_halves_can_be_chosen(family: str) -> None:
     plan = Search().select(context_for(wide(family, 6), 2))

@@ -6,8 +6,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from ..greedy import Walk, named
 from ..half import Half, Removal, joined_halves, name_of, names_of, sorted_halves
 from ..near_best import Run, fewest_runs
 from ..plan import PruningPlan
-from ..run_costs import run_costs
+from ..run_costs import Costs, run_costs
 from ..steps import RACE, Steps, units_off
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 
@@ -26,6 +26,8 @@ from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 logger = logging.get_logger("optimum.blockprune.search")
 
 CONFIDENCE = 0.999
+# Runs of up to so many blocks are measured first where a budget decides after every number; our choice.
+FEW = 4
 # Sums of costs that are at most so many times the smallest one are as good.
 AS_GOOD = 1.05
 
@@ -142,38 +144,76 @@ def _refuse_ignored(context: SearchContext) -> None:
 
 
 def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
-    """Few runs whose costs with maps have a sum near the smallest one, for every number of blocks."""
-    row, costs = context.row, run_costs(context, compensation)
-    found = fewest_runs(costs.whole, context.num_remove, step=row.per_block, slack=AS_GOOD)
-    if context.num_remove not in found:
-        raise ConfigurationError(
-            f"Every choice of {context.num_remove} blocks has a run whose divergence is not finite; ask for fewer."
+    """Few runs whose costs with maps have a sum near the smallest one, for every number of blocks.
+
+    Where a budget decides after every number, runs are measured up to a few blocks at first, and up to twice as many
+    each time that it goes on.
+    """
+    first: Costs = {}
+    whole: Costs = {}
+    found: dict[int, list[Run]] = {}
+    asked, most = 0, min(FEW, context.num_remove) if context.stepwise else context.num_remove
+    while True:
+        costs = run_costs(replace(context, num_remove=most), compensation)
+        # What was asked about is not chosen anew.
+        first, whole = costs.first | first, costs.whole | whole
+        found = fewest_runs(costs.whole, most, step=context.row.per_block, slack=AS_GOOD) | found
+        runs = _Runs(context, compensation, first, whole, found)
+        if not context.stepwise:
+            return runs.plan(most)
+        for count in range(asked + 1, most + 1):
+            if not context.go_on(runs.removals(count)):
+                return runs.plan(count)
+        asked, most = most, min(2 * most, context.num_remove)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """What was chosen for every number of blocks; for the costs see `RunCosts`."""
+
+    context: SearchContext
+    compensation: str
+    first: Costs
+    whole: Costs
+    found: Mapping[int, Sequence[Run]]
+
+    def removals(self, count: int) -> list[Removal]:
+        """What goes, the cheapest run first.
+
+        Raises:
+            ConfigurationError: No choice of so many blocks has a finite cost.
+        """
+        if count not in self.found:
+            raise ConfigurationError(
+                f"Every choice of {count} blocks has a run whose divergence is not finite; ask for fewer."
+            )
+        ordered = sorted(self.found[count], key=self.whole.__getitem__)
+        return [each for run in ordered for each in self._of(run)]
+
+    def plan(self, count: int) -> PruningPlan:
+        """The plan that removes so many blocks, and knows the choices of fewer."""
+        removed = self.removals(count)
+        total = math.fsum(self.whole[run] for run in self.found[count])
+        logger.info(
+            f"{len(self.found[count])} runs; their divergences with maps add up to {total:.4f} nats per token."
+        )
+        return self.context.plan(
+            removed,
+            scores={self._of(run)[0]: cost for run, cost in self.first.items() if run[1] == 1 and math.isfinite(cost)},
+            steps=[{"run": names_of(self._of(run)), "kl": self.whole[run]} for run in self.found[count]],
+            details={
+                "chosen_with": self.compensation,
+                "additive_kl": total,
+                "runs_measured": len(self.first),
+                "runs_judged_on_all": len(self.whole),
+            },
+            nested=False,
+            smaller={few: self.removals(few) for few in self.found if few < count},
         )
 
-    def removals(*runs: Run) -> list[Removal]:
-        ordered = sorted(runs, key=costs.whole.__getitem__)
-        return [each for at, count in ordered for each in row.removals(range(at, at + count * row.per_block))]
-
-    best = found.pop(context.num_remove)
-    total = math.fsum(costs.whole[run] for run in best)
-    logger.info(f"{len(best)} runs; their divergences with maps add up to {total:.4f} nats per token.")
-    return context.plan(
-        removals(*best),
-        scores={
-            row.removals(range(at, at + row.per_block))[0]: cost
-            for (at, count), cost in costs.first.items()
-            if count == 1 and math.isfinite(cost)
-        },
-        steps=[{"run": names_of(removals(run)), "kl": costs.whole[run]} for run in best],
-        details={
-            "chosen_with": compensation,
-            "additive_kl": total,
-            "runs_measured": len(costs.first),
-            "runs_judged_on_all": len(costs.whole),
-        },
-        nested=False,
-        smaller={count: removals(*runs) for count, runs in found.items()},
-    )
+    def _of(self, run: Run) -> list[Removal]:
+        row = self.context.row
+        return row.removals(range(run[0], run[0] + run[1] * row.per_block))
 
 
 class _Exchanges:
