@@ -58,14 +58,14 @@ class RunCosts:
 
     Attributes:
         first: Of all runs, on the first part of the windows that judge.
-        whole: Of those that could be in a good set of runs by all parts but the last, on all windows that judge.
+        whole: Of those that could be in a good set of runs by what was known before the last part, on all parts.
     """
 
     first: Costs
     whole: Costs
 
 
-def run_costs(context: SearchContext, compensation: str) -> RunCosts:
+def run_costs(context: SearchContext, compensation: str, over: Callable[[], bool] = lambda: False) -> RunCosts:
     """What runs cost; see the module docstring.
 
     2,048 tokens judge (or four windows, if these are more), in four parts; maps are fitted on the other windows of a
@@ -75,6 +75,7 @@ def run_costs(context: SearchContext, compensation: str) -> RunCosts:
     Args:
         context: Of the search; runs hold up to `num_remove` blocks, and removable ones only.
         compensation: `"scale"`, `"ridge"` or `"auto"`, which here is as `"ridge"`.
+        over: Asked before every part but the first, whether to do without it.
 
     Raises:
         NonFiniteError: Statistics are NaN or infinite.
@@ -93,6 +94,8 @@ def run_costs(context: SearchContext, compensation: str) -> RunCosts:
     judging = replace(context, batch_size=min(context.batch_size, share))
     for number, (fitted, judges) in enumerate(parts, 1):
         if costs:
+            if over():
+                break
             runs = near_best(costs, context.num_remove, step=row.per_block, slack=SLACK)
         part = _Part(fitting, judging, compensation, number, fitted, judges)
         losses = part.losses([start.of(runs) for start in starts])

@@ -28,7 +28,7 @@ AUTO = {
 WIDE: dict[str, dict[str, Any]] = {
     "auto": {**AUTO, "num_samples": 9},
     "auto-pairs": {**AUTO, "num_samples": 9, "batch_size": 2},
-    "auto-halves": {**AUTO, "unit": "half_block"},
+    "auto-halves": {**AUTO, "unit": "half_block", "strategy_options": {"time_budget": 1e6}},
     "auto-gpt2": {**AUTO, "family": "gpt2"},
     # Both fits and both judgements are one batch each: all but the first process have nothing to do.
     "auto-empty": {**AUTO, "batch_size": 6},

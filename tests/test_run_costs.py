@@ -177,6 +177,18 @@ def test_the_choice_is_the_fewest_of_all_runs_that_are_as_good_as_the_best(
     assert plan.details["runs_measured"] == plan.details["runs_judged_on_all"] == len(costs)
 
 
+@pytest.mark.parametrize("late", [0, 2, 9])
+def test_time_that_is_up_leaves_parts_out(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes on by a second each time that it is looked at: first, and before every part but one."""
+    seconds, parts = iter(range(100)), []
+    losses = run_costs._Part.losses
+    monkeypatch.setattr(run_costs._Part, "losses", lambda part, starts: parts.append(part) or losses(part, starts))
+    monkeypatch.setattr(search.time, "monotonic", lambda: next(seconds))
+    plan = Search().select(context_for(wide("llama"), 2, options=SearchOptions(time_budget=late + 0.5)))
+    assert len(parts) == min(1 + late, 4) and plan.details["out_of_time"] is (late < 3)
+    assert plan.num_removed == 2
+
+
 @pytest.mark.parametrize("last", [1, 4, 6, 9])
 def test_where_a_budget_decides_long_runs_are_measured_only_when_they_are_needed(
     last: int, monkeypatch: pytest.MonkeyPatch
@@ -185,9 +197,9 @@ def test_where_a_budget_decides_long_runs_are_measured_only_when_they_are_needed
     measured: list[int] = []
     costs = run_costs.run_costs
 
-    def noted(context: SearchContext, compensation: str) -> Any:
+    def noted(context: SearchContext, *args: Any) -> Any:
         measured.append(context.num_remove)
-        return costs(context, compensation)
+        return costs(context, *args)
 
     def go_on(removed: Any) -> bool:
         asked.append(list(removed))
@@ -242,7 +254,7 @@ def test_another_objective_is_refused() -> None:
         BlockPruner(wide("llama"), config(strategy="auto", objective="nll")).make_plan()
 
 
-@pytest.mark.parametrize("option", [{"swaps": 1}, {"time_budget": 9.0}, {"confidence": 0.9}])
+@pytest.mark.parametrize("option", [{"swaps": 1}, {"confidence": 0.9}])
 def test_options_that_would_be_ignored_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(option))):
         BlockPruner(wide("llama"), config(strategy="auto", strategy_options=option)).make_plan()

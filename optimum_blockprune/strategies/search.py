@@ -39,10 +39,11 @@ class SearchOptions:
     Attributes:
         swaps: Sweeps of exchanges after the greedy walk, 0 for none. A sweep tries for every removal whether another
             one in its place is better; the search ends early with a sweep that finds none.
-        time_budget: Seconds after which no further step begins once there is a result (the walk always ends); `None`
-            for no limit. What is found by then depends on the machine, and so does the plan.
+        time_budget: Seconds after which no further step begins once there is a result (the walk, or the first part of
+            the windows that judge runs, always ends); `None` for no limit. What is found by then depends on the
+            machine, and so does the plan.
         compensated: Whether to choose what costs least with maps in front of the gaps (`compensation="ridge"` or as
-            asked for); `None` for where compensation is asked for. The other options are then refused.
+            asked for); `None` for where compensation is asked for. `swaps` and `confidence` are then refused.
         confidence: That a step does not drop its best candidate before all windows were seen; see `racing`.
     """
 
@@ -107,14 +108,13 @@ class Search(PruningStrategy):
             ConfigurationError: The objective is another one where maps are fitted, which are judged by the divergence;
                 or no choice has a finite cost.
         """
-        asked = context.compensation != "none"
+        asked, clock = context.compensation != "none", _Clock(context)
         if asked if context.options.compensated is None else context.options.compensated:
             _refuse_ignored(context)
-            return _best_runs(context, context.compensation if asked else "ridge")
-        end = None if context.options.time_budget is None else time.monotonic() + context.options.time_budget
+            return _best_runs(context, context.compensation if asked else "ridge", clock)
         walk = Walk(Steps(context, RACE, context.options.confidence, _key), "Search")
         walk.go()
-        exchanges = _Exchanges(context, walk, end)
+        exchanges = _Exchanges(context, walk, clock)
         if not context.stepwise:
             exchanges.run()
         smaller = {count: walk.removed[:count] for count in range(1, len(walk.removed))} if exchanges.accepted else {}
@@ -137,13 +137,34 @@ def _refuse_ignored(context: SearchContext) -> None:
             f"objective={context.objective!r} is not what search measures with compensation, which is the divergence "
             f"from the dense model: {without}"
         )
-    for name in ("swaps", "time_budget", "confidence"):
+    for name in ("swaps", "confidence"):
         value = getattr(context.options, name)
         if value != getattr(SearchOptions, name):
             raise ConfigurationError(f"{name}={value!r} only counts for a search without compensation: {without}")
 
 
-def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
+class _Clock:
+    """Knows when the time is up; of several processes, the first one's clock decides for all.
+
+    Attributes:
+        ran_out: Whether it was.
+    """
+
+    def __init__(self, context: SearchContext) -> None:
+        limit = context.options.time_budget
+        self._team, self._end = context.team, None if limit is None else time.monotonic() + limit
+        self.ran_out = False
+
+    def over(self) -> bool:
+        """Looks, unless it is known."""
+        end = self._end
+        if end is not None and not self.ran_out:
+            over = self._team.from_first(lambda: {"over": torch.tensor(time.monotonic() >= end)})
+            self.ran_out = bool(over["over"])
+        return self.ran_out
+
+
+def _best_runs(context: SearchContext, compensation: str, clock: _Clock) -> PruningPlan:
     """Few runs whose costs with maps have a sum near the smallest one, for every number of blocks.
 
     Where a budget decides after every number, runs are measured up to a few blocks at first, and up to twice as many
@@ -154,11 +175,11 @@ def _best_runs(context: SearchContext, compensation: str) -> PruningPlan:
     found: dict[int, list[Run]] = {}
     asked, most = 0, min(FEW, context.num_remove) if context.stepwise else context.num_remove
     while True:
-        costs = run_costs(replace(context, num_remove=most), compensation)
+        costs = run_costs(replace(context, num_remove=most), compensation, clock.over)
         # What was asked about is not chosen anew.
         first, whole = costs.first | first, costs.whole | whole
         found = fewest_runs(costs.whole, most, step=context.row.per_block, slack=AS_GOOD) | found
-        runs = _Runs(context, compensation, first, whole, found)
+        runs = _Runs(context, compensation, first, whole, found, clock)
         if not context.stepwise:
             return runs.plan(most)
         for count in range(asked + 1, most + 1):
@@ -176,6 +197,7 @@ class _Runs:
     first: Costs
     whole: Costs
     found: Mapping[int, Sequence[Run]]
+    clock: _Clock
 
     def removals(self, count: int) -> list[Removal]:
         """What goes, the cheapest run first.
@@ -206,6 +228,7 @@ class _Runs:
                 "additive_kl": total,
                 "runs_measured": len(self.first),
                 "runs_judged_on_all": len(self.whole),
+                "out_of_time": self.clock.ran_out,
             },
             nested=False,
             smaller={few: self.removals(few) for few in self.found if few < count},
@@ -225,10 +248,10 @@ class _Exchanges:
         accepted: The exchanges that made it, as JSON objects.
     """
 
-    def __init__(self, context: SearchContext, walk: Walk, end: float | None) -> None:
+    def __init__(self, context: SearchContext, walk: Walk, clock: _Clock) -> None:
         self.context, self.walk, self.removed, self.loss = context, walk, list(walk.removed), walk.loss
         self.accepted: list[dict[str, Any]] = []
-        self._end, self._cut, self._sweeps, self._tried = end, False, 0, set()
+        self._clock, self._sweeps, self._tried = clock, 0, set()
 
     def run(self) -> None:
         """Sweeps until nothing helps any more, or sweeps or time are used up."""
@@ -237,7 +260,7 @@ class _Exchanges:
             before = len(self.accepted)
             order = torch.randperm(len(self.removed), generator=generator).tolist()
             for removal in [self.removed[place] for place in order]:
-                if self._over():
+                if self._clock.over():
                     return
                 self._exchange(removal, number)
             self._sweeps = number
@@ -246,15 +269,7 @@ class _Exchanges:
 
     def details(self) -> dict[str, Any]:
         """What the plan says of it."""
-        return {"exchanges": self.accepted, "sweeps": self._sweeps, "out_of_time": self._cut}
-
-    def _over(self) -> bool:
-        """Whether the time is used up; of several processes, the first one's clock decides for all."""
-        end = self._end
-        if end is not None and not self._cut:
-            over = self.context.team.from_first(lambda: {"over": torch.tensor(time.monotonic() >= end)})
-            self._cut = bool(over["over"])
-        return self._cut
+        return {"exchanges": self.accepted, "sweeps": self._sweeps, "out_of_time": self._clock.ran_out}
 
     def _exchange(self, removal: Removal, sweep: int) -> None:
         rest = [each for each in self.removed if each != removal]
