@@ -29,7 +29,7 @@ CONFIDENCE = 0.999
 # Runs of up to so many blocks are measured first where a budget decides after every number; our choice.
 FEW = 4
 # Sums of costs that are at most so many times the smallest one are as good.
-AS_GOOD = 1.05
+AS_GOOD = 1.1
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Search(PruningStrategy):
     speed (`max_kl`, ...) the walk ends where the budget does, and no exchange follows.
 
     With compensation, or `compensated`, the cost of every run with its map (see `run_costs`), and the set of the
-    fewest runs whose sum of costs is within 5 % of the smallest one, exactly (see `fewest_runs`). Costs are known no
+    fewest runs whose sum of costs is within 10 % of the smallest one, exactly (see `fewest_runs`). Costs are known no
     better, and every gap needs a map of its own, which fits other text less well than the text that it was fitted to
     (our choice; in the spirit of the one-standard-error rule of Breiman et al., Classification and Regression Trees).
     Greedy removal is no guide there: a map makes up for a whole run nearly as well as for one block of it, so that few
