@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left of a model's quality: strategies, units, objectives and compensation from the same calibration tokens.
 
-Every choice is made once, for the largest number of blocks, and cut short for the smaller ones; compensation is
-fitted anew to each of them, on the tokens that the choice was made on. Held-out texts are other ones. `runs` are
-what `strategy="auto"` chooses. Prints a table and, with `--output`, writes it as JSON; what the file holds already is
-not measured again, and a file of other settings is refused.
+Every choice is made once, for the largest number of blocks, and cut short for the smaller ones if its plan knows
+them; compensation is fitted anew to each of them, on the tokens that the choice was made on. Held-out texts are other
+ones. `runs` are what `strategy="auto"` chooses. Prints a table and, with `--output`, writes it as JSON; what the file
+holds already is not measured again, and a file of other settings is refused.
 
     python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb runs
 
@@ -113,8 +113,9 @@ class _Bench:
         ]
         if not wanted:
             return
-        plan, seconds = self._chosen(choice, seed)
+        widest = self._chosen(choice, seed, max(self.args.counts))
         for count, compensation in wanted:
+            plan, seconds = widest if _knows(widest[0], count) else self._chosen(choice, seed, count)
             begin = time.perf_counter()
             shorter = plan.truncate(count)
             if compensation != "none":
@@ -122,13 +123,13 @@ class _Bench:
             spent = seconds + time.perf_counter() - begin
             self._row(choice, count, compensation, seed, self._measured(shorter), spent, shorter)
 
-    def _chosen(self, choice: str, seed: int) -> tuple[PruningPlan, float]:
-        """The plan for the largest number of blocks and the seconds that it took; a kept one if there is one."""
-        place = Path(self.args.plans or ".") / f"{choice}-{max(self.args.counts)}-{seed}-{self._setting()}.json"
+    def _chosen(self, choice: str, seed: int, count: int) -> tuple[PruningPlan, float]:
+        """The plan for a number of blocks and the seconds that it took; a kept one if there is one."""
+        place = Path(self.args.plans or ".") / f"{choice}-{count}-{seed}-{self._setting()}.json"
         if self.args.plans and place.is_file():
             kept = json.loads(place.read_text(encoding="utf-8"))
             return PruningPlan.from_dict(kept["plan"]), kept["seconds"]
-        config = BlockPruningConfig(**CHOICES[choice], num_blocks=max(self.args.counts), seed=seed, **self.data)
+        config = BlockPruningConfig(**CHOICES[choice], num_blocks=count, seed=seed, **self.data)
         begin = time.perf_counter()
         plan = self._made(config)
         seconds = time.perf_counter() - begin
@@ -219,6 +220,11 @@ class _Bench:
         self.report["rows"] = [each for each in self.report["rows"] if _key(each) != _key(row)] + [row]
         if self.output:
             self.output.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+
+
+def _knows(plan: PruningPlan, count: int) -> bool:
+    """Whether a plan can be cut short to so many blocks."""
+    return count == plan.num_removed or bool(plan.nested) or str(count) in plan.smaller
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
