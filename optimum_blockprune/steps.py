@@ -85,6 +85,21 @@ class Steps:
         self._count_naive(candidates, off, with_dense)
         return self._finite(tally.means(), off), dropped
 
+    def loss(self, removed: list[Removal]) -> float:
+        """The loss of one state (nats per prediction, all windows); it may be NaN or infinite."""
+        runner, off = self.context.runner, units_off(removed)
+
+        def measure(size: int) -> dict[str, Tensor]:
+            found = [runner.nll(batch, off) for _, batch in self.context.batches(size)]
+            sums = [loss.double().cpu() for loss, _ in found]
+            return {
+                "loss": torch.stack([torch.zeros((), dtype=torch.float64), *sums]).sum(),
+                "tokens": torch.tensor(sum(count for _, count in found)),
+            }
+
+        found = self.context.measured(f"{self._key(removed)}-alone", measure)
+        return (found["loss"] / found["tokens"]).item()
+
     def _measure(self, number: int, removed: list[Removal], tally: Tally, update: Callable[[], Any]) -> None:
         """Adds part `number` of the windows to the tally."""
         part, wanted = self._parts[number - 1], list(tally.sums)

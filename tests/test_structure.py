@@ -57,7 +57,7 @@ LAYERS = (
     + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
     ("expectation", "teacher", "training"),
     ("fitting", "reading", "steps"),
-    ("greedy",),
+    ("greedy", "seeds"),
     ("compensating",),
     ("near_best",),
     ("run_costs",),
@@ -119,7 +119,8 @@ LIGHT += ("half", "interrupts", "plan_changes", "processes", "registry", "report
 LIGHT += ("folds", "healing_spec")
 HEAVY = {"accelerate", "datasets", "numpy", "optimum", "safetensors", "torch", "transformers"}
 # What may name the contract of strategies besides the strategies themselves.
-CHOOSERS = ("asked", "budgets", "compensating", "choosing", "greedy", "reading", "run_costs", "steps", "width_task")
+CHOOSERS = ("asked", "budgets", "compensating", "choosing", "greedy", "reading", "run_costs", "seeds", "steps")
+CHOOSERS += ("width_task",)
 MAX_FILE, MAX_FUNCTION = 350, 60
 
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

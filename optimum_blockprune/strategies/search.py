@@ -19,6 +19,7 @@ from ..half import Half, Removal, joined_halves, name_of, names_of, sorted_halve
 from ..near_best import Run, fewest_runs
 from ..plan import PruningPlan
 from ..run_costs import Costs, run_costs
+from ..seeds import one_pass_choices
 from ..steps import RACE, Steps, units_off
 from .base import BLOCK, HALF_BLOCK, PruningStrategy, SearchContext
 
@@ -42,19 +43,23 @@ class SearchOptions:
         time_budget: Seconds after which no further step begins once there is a result (the walk, or the first part of
             the windows that judge runs, always ends); `None` for no limit. What is found by then depends on the
             machine, and so does the plan.
+        seeds: Whether the exchanges begin with what `shortgpt` or `angular` choose where that is better than the walk.
         compensated: Whether to choose what costs least with maps in front of the gaps (`compensation="ridge"` or as
-            asked for); `None` for where compensation is asked for. `swaps` and `confidence` are then refused.
+            asked for); `None` for where compensation is asked for. `swaps`, `seeds` and `confidence` are refused then.
         confidence: That a step does not drop its best candidate before all windows were seen; see `racing`.
     """
 
     swaps: int = 2
     time_budget: float | None = None
+    seeds: bool = True
     compensated: bool | None = None
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
         if isinstance(self.swaps, bool) or not isinstance(self.swaps, int) or self.swaps < 0:
             raise ConfigurationError(f"swaps={self.swaps!r} must be a whole number from 0 on.")
+        if not isinstance(self.seeds, bool):
+            raise ConfigurationError(f"seeds={self.seeds!r} must be true or false.")
         if self.compensated not in (None, True, False):
             raise ConfigurationError(f"compensated={self.compensated!r} must be true, false or left out.")
         limit = self.time_budget
@@ -73,12 +78,14 @@ class Search(PruningStrategy):
     Without compensation, a greedy walk as SLEB's, then exchanges of one removal for another, as long as they help:
 
     1. The walk: at each step the removal with the smallest loss, as a race (see `SLEB`).
-    2. Sweeps: each removal is taken back in turn, in an order that the seed decides, and all candidates are measured
+    2. The choices of ShortGPT and angular, one pass each. If one has a smaller loss, the sweeps begin with it.
+    3. Sweeps: each removal is taken back in turn, in an order that the seed decides, and all candidates are measured
        without the others; the best one takes its place if its loss on all windows is smaller than that of the best
        state so far. Of half-blocks, a pair whose return would leave no blocks stays.
 
     The loss is the KL divergence from the dense model (as EvoPress, arXiv 2410.14649, and FinerCut, arXiv 2405.18218,
-    measure it) unless `objective` says otherwise. The result is never worse on its own windows than the greedy walk.
+    measure it) unless `objective` says otherwise. The result is never worse on its own windows than the best of these
+    beginnings.
 
     Cost: a sweep has as many steps as there are removals, each like a step of SLEB. With a budget of quality or of
     speed (`max_kl`, ...) the walk ends where the budget does, and no exchange follows.
@@ -117,14 +124,15 @@ class Search(PruningStrategy):
         exchanges = _Exchanges(context, walk, clock)
         if not context.stepwise:
             exchanges.run()
-        smaller = {count: walk.removed[:count] for count in range(1, len(walk.removed))} if exchanges.accepted else {}
+        moved = exchanges.removed != walk.removed
+        smaller = {count: walk.removed[:count] for count in range(1, len(walk.removed))} if moved else {}
         details = {**walk.details(), "greedy_loss": walk.loss, "loss": exchanges.loss, **exchanges.details()}
         return context.plan(
             exchanges.removed,
             scores=walk.scores,
-            steps=walk.steps if not exchanges.accepted else (),
+            steps=() if moved else walk.steps,
             details=details,
-            nested=not exchanges.accepted,
+            nested=not moved,
             smaller=smaller,
         )
 
@@ -137,7 +145,7 @@ def _refuse_ignored(context: SearchContext) -> None:
             f"objective={context.objective!r} is not what search measures with compensation, which is the divergence "
             f"from the dense model: {without}"
         )
-    for name in ("swaps", "confidence"):
+    for name in ("swaps", "seeds", "confidence"):
         value = getattr(context.options, name)
         if value != getattr(SearchOptions, name):
             raise ConfigurationError(f"{name}={value!r} only counts for a search without compensation: {without}")
@@ -251,10 +259,12 @@ class _Exchanges:
     def __init__(self, context: SearchContext, walk: Walk, clock: _Clock) -> None:
         self.context, self.walk, self.removed, self.loss = context, walk, list(walk.removed), walk.loss
         self.accepted: list[dict[str, Any]] = []
-        self._clock, self._sweeps, self._tried = clock, 0, set()
+        self._clock, self._sweeps, self._tried, self._seeds = clock, 0, set(), {}
 
     def run(self) -> None:
-        """Sweeps until nothing helps any more, or sweeps or time are used up."""
+        """Sweeps, from the best beginning, until nothing helps any more, or sweeps or time are used up."""
+        if self.context.options.seeds and not self._clock.over():
+            self._begin(one_pass_choices(self.context))
         generator = torch.Generator().manual_seed(self.context.seed)
         for number in range(1, self.context.options.swaps + 1):
             before = len(self.accepted)
@@ -269,7 +279,22 @@ class _Exchanges:
 
     def details(self) -> dict[str, Any]:
         """What the plan says of it."""
-        return {"exchanges": self.accepted, "sweeps": self._sweeps, "out_of_time": self._clock.ran_out}
+        return {
+            "seeds": self._seeds,
+            "exchanges": self.accepted,
+            "sweeps": self._sweeps,
+            "out_of_time": self._clock.ran_out,
+        }
+
+    def _begin(self, seeds: Mapping[str, list[Removal]]) -> None:
+        for name, removed in seeds.items():
+            loss = self.walk.measured.loss(removed)
+            if not math.isfinite(loss):
+                continue
+            self._seeds[name] = loss
+            if loss < self.loss:
+                self.removed, self.loss = removed, loss
+                logger.info(f"The choice of '{name}' is a better beginning; {self.walk.words(loss)}")
 
     def _exchange(self, removal: Removal, sweep: int) -> None:
         rest = [each for each in self.removed if each != removal]

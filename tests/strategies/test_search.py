@@ -23,6 +23,7 @@ from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.strategies import search as module
 from optimum_blockprune.strategies.base import SearchContext
 from optimum_blockprune.strategies.search import Search, SearchOptions
+from optimum_blockprune.strategies.similarity import Angular, ShortGPT
 from optimum_blockprune.teacher import with_teacher
 
 
@@ -68,8 +69,8 @@ def misleading() -> PreTrainedModel:
 
 
 def test_exchanges_find_what_greedy_misses() -> None:
-    context = context_for(misleading(), 2)
-    greedy = Search().select(replace(context, options=SearchOptions(swaps=0)))
+    context = context_for(misleading(), 2, options=SearchOptions(seeds=False))
+    greedy = Search().select(replace(context, options=SearchOptions(swaps=0, seeds=False)))
     plan = Search().select(context)
     every = {pair: divergence(context, pair) for pair in combinations(context.removable, 2)}
     best = min(every, key=every.__getitem__)
@@ -88,12 +89,39 @@ def test_it_is_never_worse_than_its_walk(family: str, unit: str) -> None:
     assert plan.details["loss"] <= plan.details["greedy_loss"]
     assert plan.num_removed == 2
     assert divergence(context, plan.removed_units) == pytest.approx(plan.details["loss"], rel=1e-4)
-    assert bool(plan.details["exchanges"]) == (plan.details["loss"] < plan.details["greedy_loss"])
+    better = {name: loss for name, loss in plan.details["seeds"].items() if loss < plan.details["greedy_loss"]}
+    assert set(plan.details["seeds"]) == {"shortgpt", "angular"} and plan.details["loss"] <= min(
+        better.values(), default=1
+    )
+    moved = plan.details["loss"] < plan.details["greedy_loss"]
+    assert moved == bool(plan.details["exchanges"] or better) == (not plan.nested)
 
 
-def test_without_exchanges_it_is_nested() -> None:
-    plan = Search().select(context_for(misleading(), 2, options=SearchOptions(swaps=0)))
+@pytest.mark.parametrize("unit", ["block", "half_block"])
+@pytest.mark.parametrize("kind", [ShortGPT, Angular])
+def test_it_begins_with_the_choice_of_one_pass_that_is_better_than_the_walk(kind: Any, unit: str) -> None:
+    context = context_for(misleading(), 2, unit=unit, options=SearchOptions(swaps=0))
+    plan = Search().select(context)
+    own = kind().select(replace(context, options=kind.Options(), objective=None))
+    seed = divergence(context, own.removed_units)
+    assert plan.details["seeds"][kind.name] == pytest.approx(seed, rel=1e-6)
+    assert plan.details["loss"] <= seed
+    # What takes itself back is one run, whose ends are alike; greedy does not see it.
+    assert plan.details["loss"] < 0.5 * plan.details["greedy_loss"] and set(plan.removed_blocks) == {3, 4}
+    assert divergence(context, plan.removed_units) == pytest.approx(plan.details["loss"], rel=1e-4)
+    assert plan.nested is False and plan.truncate(1).num_removed == 1
+
+
+def test_choices_that_cannot_be_are_no_beginnings() -> None:
+    """No two of these blocks are neighbours."""
+    plan = Search().select(context_for(misleading(), 2, removable=(1, 3, 5)))
+    assert set(plan.details["seeds"]) == {"shortgpt"}
+
+
+def test_without_exchanges_and_seeds_it_is_nested() -> None:
+    plan = Search().select(context_for(misleading(), 2, options=SearchOptions(swaps=0, seeds=False)))
     assert plan.nested is True and len(plan.steps) == 2 and plan.details["exchanges"] == []
+    assert plan.details["seeds"] == {}
     assert plan.details["loss"] == plan.details["greedy_loss"]
 
 
@@ -130,7 +158,8 @@ def test_a_budget_of_quality_ends_the_walk() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"swaps": -1}, {"swaps": True}, {"time_budget": 0}, {"time_budget": "1"}, {"confidence": 1.0}]
+    "options",
+    [{"swaps": -1}, {"swaps": True}, {"seeds": 1}, {"time_budget": 0}, {"time_budget": "1"}, {"confidence": 1.0}],
 )
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(options))):
