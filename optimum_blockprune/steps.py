@@ -90,15 +90,15 @@ class Steps:
         runner, off = self.context.runner, units_off(removed)
 
         def measure(size: int) -> dict[str, Tensor]:
-            found = [runner.nll(batch, off) for _, batch in self.context.batches(size)]
-            sums = [loss.double().cpu() for loss, _ in found]
-            return {
-                "loss": torch.stack([torch.zeros((), dtype=torch.float64), *sums]).sum(),
-                "tokens": torch.tensor(sum(count for _, count in found)),
-            }
+            # An entry for each batch: added up in one order, by however many processes.
+            losses, tokens = torch.zeros(self.windows.num_windows, dtype=torch.float64), 0
+            for start, batch in self.context.batches(size):
+                loss, count = runner.nll(batch, off)
+                losses[start], tokens = loss.item(), tokens + count
+            return {"losses": losses, "tokens": torch.tensor(tokens)}
 
         found = self.context.measured(f"{self._key(removed)}-alone", measure)
-        return (found["loss"] / found["tokens"]).item()
+        return (found["losses"].sum() / found["tokens"]).item()
 
     def _measure(self, number: int, removed: list[Removal], tally: Tally, update: Callable[[], Any]) -> None:
         """Adds part `number` of the windows to the tally."""
