@@ -47,7 +47,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "search": {"strategy": "search", "strategy_options": {"swaps": 1, "confidence": 0.95}},
     "runs": {"strategy": "search", "strategy_options": {"compensated": True}},
     "half-runs": {"strategy": "search", "strategy_options": {"compensated": True}, **_HALF},
-    "search-half": {"strategy": "search", **_HALF, "strategy_options": {"swaps": 1, "seeds": False, "confidence": 0.95}},
+    "search-half": {
+        "strategy": "search",
+        **_HALF,
+        "strategy_options": {"swaps": 1, "seeds": False, "confidence": 0.95},
+    },
 }
 
 
