@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .batches import Batch, CalibrationWindows
 from .branching import head_losses
 from .compensating import widest, writer_before
-from .errors import NonFiniteError
+from .errors import CalibrationError, NonFiniteError
 from .fitting import Tokens, crossed_parts, solved, weights_of
 from .folding import Prepared
 from .folds import Fold
@@ -78,15 +78,20 @@ def run_costs(context: SearchContext, compensation: str, over: Callable[[], bool
         over: Asked before every part but the first, whether to do without it.
 
     Raises:
+        CalibrationError: Fewer than two windows.
         NonFiniteError: Statistics are NaN or infinite.
     """
-    row = context.row
+    windows, row = context.require_windows(), context.row
+    if windows.num_windows < 2:
+        raise CalibrationError(
+            "Maps are fitted on some windows of text and judged on others: give at least two windows."
+        )
     runs = [
         (start, count) for count in range(1, context.num_remove + 1) for start in row.starts(context.removable, count)
     ]
     starts = [_start(context, piece) for piece in sorted({piece for piece, _ in runs})]
     first, costs, sums, tokens = {}, {}, {}, 0
-    parts = crossed_parts(context.require_windows(), ROUNDS, judging=JUDGING, fitting=FITTING)
+    parts = crossed_parts(windows, ROUNDS, judging=JUDGING, fitting=FITTING)
     # Kept nowhere: sums of all starts are far larger than what comes of them.
     fitting = replace(context, ledger=None)
     # Judges are few: every process takes some of them.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, run_costs
 from optimum_blockprune.batches import CalibrationWindows
-from optimum_blockprune.errors import ConfigurationError, NonFiniteError
+from optimum_blockprune.errors import CalibrationError, ConfigurationError, NonFiniteError
 from optimum_blockprune.fitting import crossed_parts
 from optimum_blockprune.folding import Prepared
 from optimum_blockprune.folds import Fold
@@ -258,6 +258,12 @@ def test_another_objective_is_refused() -> None:
 def test_options_that_would_be_ignored_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(option))):
         BlockPruner(wide("llama"), config(strategy="auto", strategy_options=option)).make_plan()
+
+
+def test_one_window_cannot_be_fitted_on_and_judge() -> None:
+    fields = {"strategy": "search", "num_samples": 1, "strategy_options": {"compensated": True}}
+    with pytest.raises(CalibrationError, match="at least two windows"):
+        BlockPruner(wide("llama"), config(**fields)).make_plan()
 
 
 def test_numbers_that_are_none_are_refused() -> None:
