@@ -120,12 +120,32 @@ class _Bench:
         widest = self._chosen(choice, seed, max(self.args.counts))
         for count, compensation in wanted:
             plan, seconds = widest if _knows(widest[0], count) else self._chosen(choice, seed, count)
+            self._model(choice, count, compensation, seed, plan.truncate(count), seconds)
+
+    def _model(self, choice: str, count: int, compensation: str, seed: int, plan: PruningPlan, seconds: float) -> None:
+        """Adds the row of what is left without some blocks; another choice may have left the same."""
+        same = self._same(plan, compensation, seed)
+        if same is not None:
+            figures, fitting = {name: same[name] for name in same.keys() & self._figures()}, same["fit_seconds"]
+        else:
             begin = time.perf_counter()
-            shorter = plan.truncate(count)
-            if compensation != "none":
-                shorter = self._compensated(shorter, compensation, seed)
-            spent = seconds + time.perf_counter() - begin
-            self._row(choice, count, compensation, seed, self._measured(shorter), spent, shorter)
+            made = self._compensated(plan, compensation, seed) if compensation != "none" else plan
+            fitting = time.perf_counter() - begin if compensation != "none" else 0.0
+            figures = self._measured(made)
+        figures |= {"fit_seconds": fitting}
+        self._row(choice, count, compensation, seed, figures, seconds + fitting, plan)
+
+    def _same(self, plan: PruningPlan, compensation: str, seed: int) -> dict[str, Any] | None:
+        """A row of the same model: the same blocks and, if weights were fitted, the same text."""
+        for row in self.report["rows"]:
+            gone, of_text = set(row.get("removed", ())), compensation == "none" or row["seed"] == seed
+            measured = self._figures() <= row.keys() and "fit_seconds" in row
+            if gone == set(plan.removed_names) and row["compensation"] == compensation and of_text and measured:
+                return row
+        return None
+
+    def _figures(self) -> set[str]:
+        return {*self.texts, "parameters", *(["tasks", "repetition"] if self.args.tasks else [])}
 
     def _chosen(self, choice: str, seed: int, count: int) -> tuple[PruningPlan, float]:
         """The plan for a number of blocks and the seconds that it took; a kept one if there is one."""

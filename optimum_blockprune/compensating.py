@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compensation without training: weights in front of every cut learn, in closed form, to make up for what is gone.
 
-A *cut* is where kept halves (or blocks) are no longer neighbours. In front of it stands a module that writes `y` to
-the residual stream (`writers`). With x the stream of the pruned model behind it, less y, and z the stream of the dense
-model where the next kept part begins, the map T is the minimum over tokens of
+A *cut* is where kept halves (or blocks) are no longer neighbours. In front of it stands a module that reads `a` and
+writes to the residual stream (`writers`). With x the stream of the pruned model behind it, and z the stream of the
+dense model where the next kept part begins, the change D of its weight is the minimum over tokens of
 
-    |x + y T - z|^2 / |z|^2  +  a |T - I|^2
+    |x + a D - z|^2 / |z|^2  +  s |D|^2
 
-which is linear regression (ReplaceMe, arXiv 2505.02819, solves the same without weights and shrinks towards zero). T
-goes into the module's weight: no tensor is added, no shape changes. Cuts are taken from front to back, on the inputs
-that the pruned model has by then, so that a cut also makes up for what those before it left over.
+which is linear regression. (ReplaceMe, arXiv 2505.02819, fits a map of what the module writes, without weights and
+shrunk towards zero. What it reads has more channels, and says more.) No tensor is added, no shape changes. A norm
+behind the projection takes a factor for each channel, fitted to what it writes. Cuts are taken from front to back, on
+the inputs that the pruned model has by then, so that a cut also makes up for what those before it left over.
 
-Ours: the weighting (a norm reads every token at its own scale), the shrinkage towards the identity, the first token of
-a window, which T is to leave alone (see `fitting`), and the judge: some windows take no part in the regression, and a
-map is kept only if the KL divergence between the dense and the pruned model falls on them.
+Ours: the weighting (a norm reads every token at its own scale), the shrinkage towards the weight that is there, the
+first token of a window, which D is to leave alone (see `fitting`), and the judge: some windows take no part in the
+regression, and a map is kept only if the KL divergence between the dense and the pruned model falls on them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .branching import head_losses
 from .errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from .fitting import STRENGTHS, Tokens, fitting_part, solved, weights_of
 from .folding import Prepared
-from .folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
+from .folds import CHANGE, DIAGONAL, MATRIX, Fold, Folds, digest_of
 from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
 from .halves import half_off
 from .losses import predicted
@@ -51,7 +52,7 @@ from .writers import Writer, find_writer
 logger = logging.get_logger("optimum.blockprune.compensating")
 
 NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
-_KINDS = {SCALE: (DIAGONAL,), RIDGE: (MATRIX,), AUTO: (DIAGONAL, MATRIX)}
+_KINDS = {SCALE: (DIAGONAL,), RIDGE: (CHANGE,), AUTO: (DIAGONAL, CHANGE)}
 # One window in so many judges.
 _JUDGES = 8
 
@@ -110,8 +111,8 @@ def compensated(context: SearchContext, plan: PruningPlan, compensation: str) ->
     Args:
         context: Of the search that made the plan; the dense model, which is not changed, and the windows.
         plan: What is removed.
-        compensation: `"scale"` (one factor per channel), `"ridge"` (a matrix), or `"auto"`, the better one at each
-            cut.
+        compensation: `"scale"` (one factor per channel), `"ridge"` (any change of the weight), or `"auto"`, the better
+            one at each cut.
 
     Raises:
         NonFiniteError: Statistics are NaN or infinite.
@@ -144,11 +145,6 @@ def writer_before(runner: BlockRunner, before: Half, off: Collection[Unit]) -> W
             return hidden_of(block(*taken, **named))
 
     return find_writer(block, run)
-
-
-def widest(writer: Writer, compensation: str) -> str:
-    """The widest map that a writer takes and that was asked for."""
-    return MATRIX if writer.kind == MATRIX and MATRIX in _KINDS[compensation] else DIAGONAL
 
 
 class _Compensation:
@@ -188,15 +184,16 @@ class _Compensation:
         if writer is None:
             logger.info(f"No weight in front of the cut behind {point.before} can take a map; left as it is.")
             return {"kind": "none", "reason": "no module writes to the stream alone"}
-        sums = self.context.measured(f"compensation-{number}", partial(self._sums, point, writer))
+        kinds = self.kinds if writer.kind == MATRIX else (DIAGONAL,)
+        sums = self.context.measured(f"compensation-{number}", partial(self._sums, point, writer, kinds))
         if not all(bool(torch.isfinite(each).all()) for each in sums.values()):
             raise NonFiniteError("NaN or infinity in the hidden states. Load the model in another dtype.")
         name = f"{point.before.block}.{writer.module}"
         tried = []
-        for kind in self.kinds if writer.kind == MATRIX else (DIAGONAL,):
-            for strength in STRENGTHS:
-                fold, tensor = writer.fold(point.before.block, kind, name), solved(sums, kind, strength)
-                tried.append((kind, strength, fold, tensor))
+        for kind in kinds:
+            found = {part: sums[f"{kind}-{part}"] for part in ("moments", "missing", "still")}
+            fold = writer.fold(point.before.block, kind, name)
+            tried += [(kind, strength, fold, solved(found, kind, strength)) for strength in STRENGTHS]
         losses = self._judged(number, point, [([fold], {name: tensor}) for _, _, fold, tensor in tried])
         best = min(range(len(tried)), key=losses.__getitem__)
         if not losses[best] < reached:
@@ -206,25 +203,31 @@ class _Compensation:
         self.tensors[name] = tensor
         return {"kind": kind, "module": writer.module, "strength": strength, "kl": losses[best], "tried": losses}
 
-    def _sums(self, point: CutPoint, writer: Writer, size: int) -> dict[str, Tensor]:
-        """y'y and y'(z - x - y) over this process's tokens, in fp64."""
+    def _sums(self, point: CutPoint, writer: Writer, kinds: Sequence[str], size: int) -> dict[str, Tensor]:
+        """a'a and a'(z - x) over this process's tokens, for factors y'y and y'(z - x), in fp64."""
         module = self.runner.stack.blocks[point.before.block].get_submodule(writer.module)
         found: dict[str, Tensor] = {}
         folds = Prepared(self.runner.stack.blocks, self.entries, self.tensors)
         for _, batch in self.context.batches(size, self.fitted):
             tokens = Tokens.of(self.runner.positions(batch))
-            seen: list[Tensor] = []
+            seen: list[tuple[Tensor, Tensor]] = []
             with folds.on(), hooks() as hook:
-                hook(module.register_forward_hook(lambda _module, _args, output, seen=seen: seen.append(output)))
+                hook(
+                    module.register_forward_hook(
+                        lambda _module, args, output, seen=seen: seen.append((args[0], output))
+                    )
+                )
                 pruned = self.runner.run_to(batch, point.before.block, self.off)
-            y, z = tokens.fitted(seen[-1]) * writer.factor, tokens.fitted(self._wanted(batch, point.after))
-            missing = z - tokens.fitted(hidden_of(pruned.value)).to(z.device)
+            z = tokens.fitted(self._wanted(batch, point.after))
             weights = weights_of(z)
-            still = tokens.first(seen[-1], weights) * writer.factor
-            y, missing = y.to(z.device) * weights, missing * weights
-            for name, product in (("moments", y.T @ y), ("missing", y.T @ missing), ("still", still.T @ still)):
-                total = found.setdefault(name, fp64_zeros(product, *product.shape))
-                total += product.to(total.device).double()
+            missing = (z - tokens.fitted(hidden_of(pruned.value)).to(z.device)) * weights
+            for kind in kinds:
+                states = seen[-1][0 if kind == CHANGE else 1]
+                y = tokens.fitted(states).to(z.device) * writer.factor * weights
+                still = tokens.first(states, weights) * writer.factor
+                for name, product in (("moments", y.T @ y), ("missing", y.T @ missing), ("still", still.T @ still)):
+                    total = found.setdefault(f"{kind}-{name}", fp64_zeros(product, *product.shape))
+                    total += product.to(total.device).double()
         return {name: total.cpu() for name, total in found.items()}
 
     def _wanted(self, batch: Batch, after: Half | None) -> Tensor:

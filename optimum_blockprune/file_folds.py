@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .errors import UnsupportedModelError
-from .folding import folded
+from .folding import folded, touches
 from .plan import PruningPlan
 from .source import Source
 from .tensors import StoredTensor, read_file
@@ -35,7 +35,7 @@ def folded_tensors(source: Source, plan: PruningPlan, folder: Path) -> dict[str,
     for number, each in enumerate(plan.folds.entries):
         for name in ("weight", "bias"):
             stored = _stored(source, each.block, f"{each.module}.{name}")
-            if stored is None:
+            if stored is None or not touches(each, name):
                 continue
             before = found.get(stored.name, stored)
             with safe_open(before.file, framework="pt") as file:

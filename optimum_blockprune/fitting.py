@@ -3,9 +3,10 @@
 
 The first token of a window is no example. Its activations are massive (Sun et al., arXiv 2402.17762), and the
 attention of all others leans on it: a map that does not know of it does anything to it, and what one does for the
-others leaks into it, the more so the more the map shrinks. So T is to leave it alone, which is a term of its own:
+others leaks into it, the more so the more the map shrinks. So the map is to leave it alone, which is a term of its
+own. With D a change of the weight that reads y (or T - I, for a map T of what is written, y):
 
-    sum over tokens of |y T - wanted|^2 / |s|^2  +  sum over first tokens of |y (T - I)|^2 / c^2  +  a |T - I|^2
+    sum over tokens of |y D - missing|^2 / |s|^2  +  sum over first tokens of |y D|^2 / c^2  +  a |D|^2
 
 with 1 / c^2 the mean of 1 / |s|^2 in the window. It is next to nothing where the first token is written to the stream
 like others, and a constraint where something massive is. Our choice.
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from .batches import CalibrationWindows
-from .folds import DIAGONAL
+from .folds import CHANGE, DIAGONAL
 from .measures import content_mask
 
 
 # Tried at every cut, times the mean diagonal of y'y; our choice.
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,21 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
 
 
 def solved(sums: dict[str, Tensor], kind: str, strength: float) -> Tensor:
-    """T (or its diagonal), fp32, from the sums over tokens and the strength of the shrinkage.
+    """The tensor of a map, fp32, from the sums over tokens and the strength of the shrinkage.
 
     Args:
-        sums: `moments`, y'y [d, d], and `missing`, y'(z - x - y) [d, d], of the tokens that are fitted, and `still`,
-            y'y of those that are to stay as they are; fp64.
-        kind: `"matrix"` or `"diagonal"`.
+        sums: `moments`, y'y, and `missing`, y'(z - x) [.., d], of the tokens that are fitted, and `still`, y'y of
+            those that are to stay as they are; fp64. With y what the module reads (`"change"`), or what it writes.
+        kind: `"change"`, `"matrix"` or `"diagonal"`; see `Fold`.
         strength: Times the mean diagonal of y'y.
     """
     moments, missing, still = sums["moments"], sums["missing"], sums["still"]
     shrinkage = strength * moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     if kind == DIAGONAL:
         return (1 + missing.diagonal() / ((moments + still).diagonal() + shrinkage)).float()
-    identity = torch.eye(len(moments), dtype=torch.float64)
-    change = torch.cholesky_solve(missing, torch.linalg.cholesky(moments + still + shrinkage * identity))
-    return (identity + change).float()
+    system = moments + still
+    system.diagonal().add_(shrinkage)
+    change = torch.cholesky_solve(missing, torch.linalg.cholesky(system))
+    if kind != CHANGE:
+        change.diagonal().add_(1)
+    return change.float().contiguous()

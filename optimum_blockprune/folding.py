@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts linear maps into the weights of modules that write to the residual stream; see `folds`."""
+"""Puts maps into the weights of modules that write to the residual stream; see `folds`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PlanError
-from .folds import DIAGONAL, Fold, Folds
+from .folds import CHANGE, DIAGONAL, Fold, Folds
 
 
 def fold_into(block: nn.Module, fold: Fold, tensor: Tensor, assign: Callable[[Any, str, Any], None]) -> None:
-    """Makes a module give `y T` where it gave `y`.
+    """Makes a module give `y T`, or `y + a D`, where it gave `y`.
 
     Args:
         block: The block that the module is in.
         fold: Which module, and how its weight lies.
-        tensor: T, or its diagonal.
+        tensor: T, its diagonal, or D.
         assign: `setattr`, or one that remembers.
 
     Raises:
@@ -32,9 +32,14 @@ def fold_into(block: nn.Module, fold: Fold, tensor: Tensor, assign: Callable[[An
     except AttributeError as error:
         raise PlanError(f"The plan folds statistics into '{fold.module}' of block {fold.block}: {error}.") from error
     for name, parameter in (("weight", weight), ("bias", getattr(module, "bias", None))):
-        if parameter is not None:
+        if parameter is not None and touches(fold, name):
             value = folded(parameter.detach(), fold, tensor, name)
             assign(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+def touches(fold: Fold, name: str) -> bool:
+    """Whether a map changes the module's `"weight"` or `"bias"`."""
+    return name == "weight" or fold.kind != CHANGE
 
 
 def folded(value: Tensor, fold: Fold, tensor: Tensor, name: str = "weight") -> Tensor:
@@ -43,15 +48,14 @@ def folded(value: Tensor, fold: Fold, tensor: Tensor, name: str = "weight") -> T
     Args:
         value: The weight, or the bias `[d]`.
         fold: The map's entry.
-        tensor: T, or its diagonal.
+        tensor: T, its diagonal, or D.
         name: `"weight"` or `"bias"`.
 
     Raises:
         PlanError: The shapes do not fit.
     """
     axis = 0 if name == "bias" else fold.axis
-    shape = (value.shape[axis],) * (1 if fold.kind == DIAGONAL else 2) if axis < value.dim() else ()
-    if tuple(tensor.shape) != shape:
+    if tuple(tensor.shape) != _shape(value, fold, axis):
         raise PlanError(
             f"The plan folds a tensor of shape {list(tensor.shape)} into the {name} of '{fold.module}' of block "
             f"{fold.block}, which has shape {list(value.shape)}: it was made for another model."
@@ -61,13 +65,22 @@ def folded(value: Tensor, fold: Fold, tensor: Tensor, name: str = "weight") -> T
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     factor = tensor.to(wide.device, wide.dtype)
     offset = fold.offset if name == "weight" else 0.0
-    if fold.kind == DIAGONAL:
+    if fold.kind == CHANGE:
+        mapped = wide + (factor.T if axis == 0 else factor)
+    elif fold.kind == DIAGONAL:
         mapped = (wide + offset) * (factor if wide.dim() == 1 or axis == 1 else factor[:, None]) - offset
     elif name == "bias":
         mapped = wide @ factor
     else:
         mapped = factor.T @ wide if axis == 0 else wide @ factor
     return mapped.to(value.dtype).contiguous()
+
+
+def _shape(value: Tensor, fold: Fold, axis: int) -> tuple[int, ...]:
+    """The shape of the tensor that fits a weight or a bias."""
+    if fold.kind == CHANGE:
+        return tuple(value.shape if axis else value.shape[::-1])
+    return (value.shape[axis],) * (1 if fold.kind == DIAGONAL else 2) if axis < value.dim() else ()
 
 
 def fold_all(blocks: nn.ModuleList, folds: Folds, assign: Callable[[Any, str, Any], None]) -> None:
@@ -83,7 +96,7 @@ class Prepared:
     Args:
         blocks: The blocks of the dense model.
         entries: In the order in which they go into the weights.
-        tensors: All T by name.
+        tensors: All T and D by name.
     """
 
     def __init__(self, blocks: nn.ModuleList, entries: Iterable[Fold], tensors: Mapping[str, Tensor]) -> None:

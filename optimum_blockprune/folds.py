@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan puts into weights that stay, as plain values: linear maps behind modules that write to the stream.
+"""What a plan puts into weights that stay, as plain values: maps of modules that write to the residual stream.
 
-A module of a kept block adds `y` to the residual stream; folded, it adds `y T`. `T` is too large for a JSON file, so
-that the plan names it and a file beside the plan holds it: safetensors under another ending, since loaders take every
-`*.safetensors` of a folder for weights of the model.
+A module of a kept block reads `a` and adds `y` to the stream; folded, it adds `y T`, or `y + a D`. `T` and `D` are too
+large for a JSON file, so that the plan names them and a file beside the plan holds them: safetensors under another
+ending, since loaders take every `*.safetensors` of a folder for weights of the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .json_values import misfit
 
 
 FOLDS_SUFFIX = ".folds"
-DIAGONAL, MATRIX = "diagonal", "matrix"
+DIAGONAL, MATRIX, CHANGE = KINDS = "diagonal", "matrix", "change"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Fold:
     Attributes:
         block: Original number of the block.
         module: Name of the module in it, such as `mlp.down_proj`.
-        kind: `"matrix"`, T of `[d, d]`; or `"diagonal"`, its diagonal of `[d]`.
+        kind: `"matrix"`, T of `[d, d]`; `"diagonal"`, its diagonal of `[d]`; or `"change"`, D of `[inputs, d]`.
         axis: The axis of the module's weight along which its outputs lie: 0 of `[out, in]`, 1 of `[in, out]`.
         offset: What the module adds to its weight before it multiplies: 1 of norms that scale by `1 + weight`.
-        tensor: Name of T in the file.
+        tensor: Name of T or D in the file.
     """
 
     block: int
@@ -49,7 +49,7 @@ class Folds:
 
     Attributes:
         entries: See `Fold`.
-        digest: SHA-256 (hex) of all T; empty where there is none.
+        digest: SHA-256 (hex) of all T and D; empty where there is none.
         file: Where they are read from when they are needed.
         held: The tensors themselves, fp32 on the CPU, where they were measured in this process.
 
@@ -64,7 +64,7 @@ class Folds:
 
     def __post_init__(self) -> None:
         for each in self.entries:
-            if each.kind not in (DIAGONAL, MATRIX) or each.axis not in (0, 1) or each.block < 0:
+            if each.kind not in KINDS or each.axis not in (0, 1) or each.block < 0:
                 raise PlanError(f"The plan folds a map of kind {each.kind!r} into block {each.block}; there is none.")
 
     def __bool__(self) -> bool:
@@ -75,7 +75,7 @@ class Folds:
         return tuple(each for each in self.entries if each.block == block)
 
     def tensors(self) -> Mapping[str, Any]:
-        """All T by name, fp32 on the CPU.
+        """All T and D by name, fp32 on the CPU.
 
         Raises:
             PlanError: The file is not there, or is another one.
@@ -158,7 +158,11 @@ class Folds:
 
 
 def joined_folds(
-    first: Folds, second: Folds, old_place: Callable[[int, str], int], stays: Callable[[int, str], bool]
+    first: Folds,
+    second: Folds,
+    old_place: Callable[[int, str], int],
+    stays: Callable[[int, str], bool],
+    whole: Callable[[Any, int, str], Any],
 ) -> Folds:
     """The maps of two plans, one after the other.
 
@@ -167,6 +171,8 @@ def joined_folds(
         second: Of a plan for what the first leaves.
         old_place: Gives the original block of a module, by the block that the first plan leaves and its name.
         stays: Tells whether a module of an original block is there after both plans; maps of others go with them.
+        whole: Gives a D for all inputs of a module, by one for those that the first plan leaves, the original block
+            and the name of the module.
     """
     entries = [each for each in first.entries if stays(each.block, each.module)]
     if not second and len(entries) == len(first.entries):
@@ -178,8 +184,9 @@ def joined_folds(
         while f"{each.tensor}+{number}" in held:  # of a map before those that went
             number += 1
         name = f"{each.tensor}+{number}"
-        entries.append(replace(each, block=old_place(each.block, each.module), tensor=name))
-        held[name] = later[each.tensor]
+        block, tensor = old_place(each.block, each.module), later[each.tensor]
+        entries.append(replace(each, block=block, tensor=name))
+        held[name] = whole(tensor, block, each.module) if each.kind == CHANGE else tensor
     return Folds(tuple(entries), digest_of(held), held=held)
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins the widths of two plans that were applied one after the other."""
+"""Joins two plans that were applied one after the other: their widths, and what depends on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from .errors import PlanError
-from .widths import Narrowing, UnitGroup, Width
+from .widths import ZEROS, Narrowing, UnitGroup, Width
 
 
 def composed(
@@ -100,3 +101,23 @@ def _after(first: Narrowing, second: Narrowing, group: UnitGroup) -> Narrowing:
         return replace(first, kept=kept)
     nothing = (0.0,) * group.inputs_per_unit
     return replace(first, kept=kept, means=tuple(mean for unit in sorted(means) for mean in means[unit] or nothing))
+
+
+def all_inputs(width: Width, change: Any, block: int, module: str) -> Any:
+    """A change of a module that a width narrows, for the module as it was: zero where inputs are gone.
+
+    Args:
+        width: Of the first plan.
+        change: Tensor `[inputs, d]`, of what that plan leaves of the module.
+        block: Original number of its block.
+        module: Its name in the block.
+    """
+    for group, narrowing in width.of_block(block):
+        if group.writer == module:
+            cut = group.tensors[0]
+            places = cut.indices(narrowing.kept, group.units, width.stored(narrowing))
+            kept = [row for row, place in enumerate(places) if place != ZEROS]
+            whole = change.new_zeros(cut.size(group.units), change.shape[1])
+            whole[[places[row] for row in kept]] = change[kept]
+            return whole
+    return change

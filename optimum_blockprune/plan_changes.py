@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from .errors import PlanError
 from .folds import joined_folds
 from .half import Half, sorted_halves
-from .joining import composed
+from .joining import all_inputs, composed
 
 
 def truncated(plan: Any, num_blocks: int) -> Any:
@@ -83,7 +84,7 @@ def followed(first: Any, second: Any) -> Any:
 
     return whole.with_provenance(
         width=composed(first.width, second.width, first.old_place, stays),
-        folds=joined_folds(first.folds, second.folds, first.old_place, stays),
+        folds=joined_folds(first.folds, second.folds, first.old_place, stays, partial(all_inputs, first.width)),
     )
 
 

@@ -6,6 +6,8 @@ with y what is written to the stream s in front of the gap, T is the minimum ove
 
     |y (T - I) - (s_end - s_start)|^2 / |s_start|^2  +  a |T - I|^2
 
+(A map of what the module writes; compensation fits what it reads, which here would be several times the work.)
+
 The other windows judge: the KL divergence from the dense model of the model without that run alone, with T in its
 weights. That is done a few times, with other windows that judge each time; after each, what clearly belongs to no good
 set of runs is left out. All of it is our choice; so is what it is for: such costs nearly add up over runs that are no
@@ -24,11 +26,11 @@ from torch import Tensor, nn
 
 from .batches import Batch, CalibrationWindows
 from .branching import head_losses
-from .compensating import widest, writer_before
+from .compensating import SCALE, writer_before
 from .errors import CalibrationError, NonFiniteError
 from .fitting import Tokens, crossed_parts, solved, weights_of
 from .folding import Prepared
-from .folds import Fold
+from .folds import DIAGONAL, MATRIX, Fold
 from .half import MLP, PARTS, Half, units_of
 from .losses import predicted
 from .measures import fp64_zeros
@@ -167,10 +169,11 @@ class _Part:
     def losses(self, starts: Sequence[_Start]) -> Costs:
         """The KL divergence of every run, summed over the predictions that judge."""
         starts, found = [start for start in starts if start.counts], {}
-        total = sum(len(start.counts) for start in starts)
+        # Counted in windows of one run each: fractions of runs would not add up to whole ones.
+        total = self.judges.num_windows * sum(len(start.counts) for start in starts)
         with self.judging.progress(total, f"Runs with maps, part {self.number}") as bar:
             for group in self._groups(starts):
-                end = bar.n + sum(len(start.counts) for start in group)
+                end = bar.n + self.judges.num_windows * sum(len(start.counts) for start in group)
                 losses = self._judged(group, bar.update)
                 for start, row in zip(group, losses.tolist(), strict=True):
                     found |= {(start.piece, count): row[count - 1] for count in start.counts}
@@ -184,7 +187,7 @@ class _Part:
         size = max(1, _MAX_BYTES // (8 * width * width * (self.judging.num_remove + 1)))
         return [starts[begin : begin + size] for begin in range(0, len(starts), size)]
 
-    def _judged(self, group: Sequence[_Start], update: Callable[[float], object]) -> Tensor:
+    def _judged(self, group: Sequence[_Start], update: Callable[[int], object]) -> Tensor:
         """Summed KL [starts, counts] on the windows that judge."""
         maps: Maps = {}
 
@@ -206,7 +209,7 @@ class _Part:
         sums = self.fitting.measured("maps", lambda size: self._sums(able, size))
         maps = {}
         for start in able:
-            kind = widest(start.writer, self.compensation)
+            kind = self._kind(start.writer)
             fixed = {name: sums[f"{name}-{start.piece}"] for name in ("moments", "still")}
             for count in start.counts:
                 found = {**fixed, "missing": sums[f"missing-{start.piece}-{count}"]}
@@ -228,6 +231,10 @@ class _Part:
                 self.runner.stream(batch, watch.reached, per_block=self.row.per_block)
         return sums
 
+    def _kind(self, writer: Writer) -> str:
+        """The widest map of what it writes that a writer takes and that was asked for."""
+        return MATRIX if writer.kind == MATRIX and self.compensation != SCALE else DIAGONAL
+
     def _module(self, start: _Start) -> nn.Module:
         return self.runner.stack.blocks[start.before.block].get_submodule(start.writer.module)
 
@@ -236,7 +243,7 @@ class _Part:
         group: Sequence[_Start],
         maps: Maps,
         size: int,
-        update: Callable[[float], object],
+        update: Callable[[int], object],
     ) -> Tensor:
         """Summed KL [starts, counts] of this process's windows."""
         shape, losses = (len(group), self.judging.num_remove), None
@@ -254,7 +261,7 @@ class _Part:
                     # On the device of the losses: reading a value after each run would stall a GPU.
                     losses = found.new_zeros(shape) if losses is None else losses
                     losses[number, count - 1] += found
-                    update(len(batch.input_ids) / self.judges.num_windows)
+                    update(len(batch.input_ids))
         return torch.zeros(shape, dtype=torch.float64) if losses is None else losses
 
     def _trunk(self, batch: Batch, start: _Start, state: BlockOutput | None) -> BlockOutput | None:
@@ -268,7 +275,7 @@ class _Part:
         tensor = maps.get((start.piece, count))
         if tensor is None:
             return Prepared(self.runner.stack.blocks, [], {})
-        fold: Fold = start.writer.fold(start.before.block, widest(start.writer, self.compensation), "map")
+        fold: Fold = start.writer.fold(start.before.block, self._kind(start.writer), "map")
         return Prepared(self.runner.stack.blocks, [fold], {"map": tensor})
 
 

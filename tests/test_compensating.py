@@ -18,7 +18,7 @@ from optimum_blockprune.batches import Batch
 from optimum_blockprune.compensating import cut_points
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
 from optimum_blockprune.folding import Prepared, fold_into
-from optimum_blockprune.folds import DIAGONAL, MATRIX, Fold, Folds, digest_of
+from optimum_blockprune.folds import CHANGE, DIAGONAL, KINDS, MATRIX, Fold, Folds, digest_of
 from optimum_blockprune.half import Half
 from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.stand_ins import hidden_of
@@ -59,10 +59,13 @@ def forced(model: PreTrainedModel, family: str, blocks: tuple[int, ...], kind: s
     plan = PruningPlan.from_blocks(model, blocks)
     [point] = cut_points(plan)
     writer = _writer(model, point.before.block, family)
-    width = model.config.hidden_size
-    generator = torch.Generator().manual_seed(5)
-    shape = (width,) if kind == DIAGONAL else (width, width)
-    tensor = torch.rand(shape, generator=generator) + (1 if kind == DIAGONAL else torch.eye(width))
+    weight = block_list(model)[point.before.block].get_submodule(writer.module).weight
+    generator, width = torch.Generator().manual_seed(5), model.config.hidden_size
+    if kind == CHANGE:
+        tensor = 0.1 * torch.rand(weight.shape if writer.axis else weight.T.shape, generator=generator)
+    else:
+        shape = (width,) if kind == DIAGONAL else (width, width)
+        tensor = torch.rand(shape, generator=generator) + (1 if kind == DIAGONAL else torch.eye(width))
     held = {"map": tensor}
     folds = Folds((writer.fold(point.before.block, kind, "map"),), digest_of(held), held=held)
     return plan.with_provenance(folds=folds)
@@ -107,7 +110,7 @@ def test_experts_take_no_map() -> None:
 # Folding
 
 
-@pytest.mark.parametrize("kind", [DIAGONAL, MATRIX])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", PLAIN)
 def test_a_folded_map_acts_on_the_output(family: str, kind: str) -> None:
     """Weights with the map in them give what a hook behind the module gives."""
@@ -115,9 +118,12 @@ def test_a_folded_map_acts_on_the_output(family: str, kind: str) -> None:
     plan = forced(model, family, (2,), kind)
     [fold], tensor = plan.folds.entries, plan.folds.tensors()["map"]
     module, ids = block_list(model)[fold.block].get_submodule(fold.module), random_ids()
-    handle = module.register_forward_hook(
-        lambda _module, _args, output: output * tensor if kind == DIAGONAL else output @ tensor
-    )
+    acts = {
+        DIAGONAL: lambda _given, output: output * tensor,
+        MATRIX: lambda _given, output: output @ tensor,
+        CHANGE: lambda given, output: output + given @ tensor,
+    }[kind]
+    handle = module.register_forward_hook(lambda _module, args, output: acts(args[0], output))
     wanted = plain_logits(model, ids)
     handle.remove()
     before = plain_logits(model, ids)
@@ -128,12 +134,17 @@ def test_a_folded_map_acts_on_the_output(family: str, kind: str) -> None:
     assert torch.equal(plain_logits(model, ids), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_memory_folder_and_files_agree_bit_for_bit(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (family, kind)
+        for family in FAMILIES
+        if family != "mixtral"
+        for kind in ((DIAGONAL,) if family in SANDWICH else (CHANGE, MATRIX))
+    ],
+)
+def test_memory_folder_and_files_agree_bit_for_bit(family: str, kind: str, tmp_path: Path) -> None:
     """A plan with maps, applied in memory, saved, loaded by stock classes, and applied to files."""
-    if family == "mixtral":
-        pytest.skip("no map, see above")
-    kind = DIAGONAL if family in SANDWICH else MATRIX
     tiny_model(family).save_pretrained(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     plan = forced(dense, family, (2,), kind)
@@ -158,9 +169,10 @@ def test_memory_folder_and_files_agree_bit_for_bit(family: str, tmp_path: Path) 
     assert not any(path.is_dir() for path in (tmp_path / "copied").iterdir())
 
 
-def test_a_failure_leaves_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_leaves_the_weights(kind: str) -> None:
     model = tiny_model("llama")
-    plan = forced(model, "llama", (2,), MATRIX)
+    plan = forced(model, "llama", (2,), kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     narrow = plan.with_provenance(
         folds=Folds(plan.folds.entries, digest_of({"map": torch.eye(3)}), held={"map": torch.eye(3)})
@@ -228,7 +240,7 @@ def test_cuts_lie_behind_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("family", PLAIN)
-def test_a_matrix_makes_up_for_most_of_what_goes(family: str) -> None:
+def test_a_change_makes_up_for_most_of_what_goes(family: str) -> None:
     """Random models lose a third of the divergence on the windows that judge, and much on tokens that nothing saw."""
     pruner, plan = made(family, "2" if family in WHOLE_ONLY else "1.mlp,2.attention", "ridge")
     figures = plan.details["compensation"]

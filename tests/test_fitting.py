@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.fitting import STRENGTHS, Tokens, crossed_parts, fitting_part, solved, weights_of
-from optimum_blockprune.folds import DIAGONAL, MATRIX
+from optimum_blockprune.folds import CHANGE, DIAGONAL, MATRIX
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -92,6 +92,19 @@ def test_the_map_minimises_what_it_should() -> None:
         column = torch.cat([y[:, channel], still[:, channel], penalty[0, :1]])
         target = torch.cat([z[:, channel], still[:, channel], penalty[0, :1]])
         assert diagonal[channel].item() == pytest.approx(((column @ target) / (column @ column)).item(), rel=1e-5)
+
+
+def test_the_change_of_a_weight_minimises_what_it_should() -> None:
+    """More inputs than outputs, and fewer tokens than inputs; see above."""
+    inputs, missing, still, strength = numbers(9, 12), numbers(9, 5, seed=1), numbers(2, 12, seed=2), 0.7
+    sums, identity = sums_of(inputs, missing, still), torch.eye(12, dtype=torch.float64)
+    penalty = (strength * sums["moments"].diagonal().mean()).sqrt() * identity
+    targets = torch.cat([missing, torch.zeros(2 + 12, 5, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(torch.cat([inputs, still, penalty]), targets).solution
+    found = solved(sums, CHANGE, strength)
+    assert torch.allclose(found.double(), wanted, atol=1e-5)
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    assert solved(sums, CHANGE, 1e9).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, PruningReport
 from optimum_blockprune.checkpoint import apply_to_checkpoint
 from optimum_blockprune.errors import ConfigurationError, PlanError, UnsupportedModelError
-from optimum_blockprune.folds import Fold, Folds, digest_of
+from optimum_blockprune.folds import KINDS, Fold, Folds, digest_of
 from optimum_blockprune.half import Half
 from optimum_blockprune.picture_depth import depth_words
 from optimum_blockprune.sequence import apply_in_order
@@ -205,9 +205,11 @@ def folding(model: PreTrainedModel, plan: PruningPlan, kind: str, *halves: str, 
     held: dict[str, Tensor] = {}
     entries = []
     for half in map(Half.read, halves):
-        noise = 0.3 * torch.randn((size, size) if kind == "matrix" else size, generator=generator)
-        held[str(half)] = noise + (torch.eye(size) if kind == "matrix" else 1.0)
         module = mlp if half.part == "mlp" else attention
+        weight = block_list(model)[half.block].get_submodule(module).weight
+        shape = {"matrix": (size, size), "diagonal": (size,), "change": (weight.numel() // size, size)}[kind]
+        none = {"matrix": torch.eye(size), "diagonal": 1.0, "change": 0.0}[kind]
+        held[str(half)] = none + 0.3 * torch.randn(shape, generator=generator)
         entries.append(Fold(half.block, module, kind, axis, offset, str(half)))
     return plan.with_provenance(folds=Folds(tuple(entries), digest_of(held), held=held))
 
@@ -229,7 +231,7 @@ def narrower(layout: str) -> Callable[[PreTrainedModel], PruningPlan]:
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "matrix"), ("llama", "diagonal"), ("gpt2", "matrix"), ("gpt2", "diagonal"), ("gemma2", "diagonal")],
+    [*((family, kind) for family in ("llama", "gpt2") for kind in KINDS), ("gemma2", "diagonal")],
 )
 def test_maps_go_in_before_units_go_out(family: str, kind: str, layout: str, tmp_path: Path) -> None:
     """Also those in the MLP half of block 2, which lies in block 1 when it loses channels."""
@@ -253,17 +255,18 @@ def test_maps_go_in_before_units_go_out(family: str, kind: str, layout: str, tmp
     assert relative(plain_logits(plan.with_provenance(folds=Folds()).apply(dense), ids), logits) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["matrix", "change"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_maps_of_both_plans(family: str) -> None:
+def test_maps_of_both_plans(family: str, kind: str) -> None:
     """The second ones are named in numbers of the first result; the order of the two is kept in one module."""
     dense, ids = tiny_model(family, 6), random_ids()
     model = copy.deepcopy(dense)
     plan = carried_out(
         model,
-        lambda live: folding(live, halves_gone(live), "matrix", "1.attention", "2.mlp", "4.mlp"),
+        lambda live: folding(live, halves_gone(live), kind, "1.attention", "2.mlp", "4.mlp"),
         narrower("uniform"),
         # In this model, block 1 is made of 1.attention and 2.mlp, and block 3 is block 4.
-        lambda live: folding(live, PruningPlan.from_blocks(live, [3]), "matrix", "1.mlp", "1.attention", seed=1),
+        lambda live: folding(live, PruningPlan.from_blocks(live, [3]), kind, "1.mlp", "1.attention", seed=1),
     )
     mlp, attention = WRITERS[family][1], WRITERS[family][0]
     assert [(each.block, each.module) for each in plan.folds.entries] == [

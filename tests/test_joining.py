@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 from optimum_blockprune.errors import PlanError
 from optimum_blockprune.half import Half
+from optimum_blockprune.joining import all_inputs
+from optimum_blockprune.widths import CutTensor, Narrowing, UnitGroup, Width
 
 
 FAMILIES = ("llama", "qwen3", "phi3", "gemma2", "gpt2", "olmo2", "mistral")
@@ -135,3 +137,18 @@ def test_two_plans_of_half_blocks_are_one() -> None:
     second = PruningPlan.from_blocks(first.apply(tiny_model("llama", 6)), ["1.mlp", "2.attention"])
     both = first.then(second)
     assert [str(Half.read(name)) for name in both.removed_halves] == ["1.mlp", "2.attention", "2.mlp", "3.attention"]
+
+
+def test_a_change_of_a_narrowed_module_is_zero_where_inputs_are_gone() -> None:
+    group = UnitGroup("attention", "head", "o_proj", units=4, tensors=(CutTensor("o_proj.weight", 1, (2,), rest=1),))
+    change = torch.arange(1.0, 11.0).reshape(5, 2)
+    for layout, more in (("per_layer", 0), ("padded", 2)):
+        # Padded, one unit of zeros lies behind those that are kept.
+        width = Width(layout, (group,), (Narrowing(3, 0, (1, 3)),), (3,) if more else ())
+        given = torch.cat([change[:4], torch.zeros(more, 2), change[4:]])
+        whole = all_inputs(width, given, 3, "o_proj")
+        assert whole.shape == (9, 2)
+        assert torch.equal(whole[[2, 3, 6, 7, 8]], change)
+        assert not whole[[0, 1, 4, 5]].any()
+        for block, module in ((2, "o_proj"), (3, "down_proj")):
+            assert all_inputs(width, given, block, module) is given
