@@ -76,11 +76,11 @@ def folded(value: Tensor, fold: Fold, tensor: Tensor, name: str = "weight") -> T
     return mapped.to(value.dtype).contiguous()
 
 
-def _shape(value: Tensor, fold: Fold, axis: int) -> tuple[int, ...]:
-    """The shape of the tensor that fits a weight or a bias."""
+def _shape(value: Tensor, fold: Fold, axis: int) -> tuple[int, ...] | None:
+    """The shape of the tensor that fits a weight or a bias; `None` where none does."""
     if fold.kind == CHANGE:
-        return tuple(value.shape if axis else value.shape[::-1])
-    return (value.shape[axis],) * (1 if fold.kind == DIAGONAL else 2) if axis < value.dim() else ()
+        return tuple(value.shape if axis else value.shape[::-1]) if value.dim() == 2 else None
+    return (value.shape[axis],) * (1 if fold.kind == DIAGONAL else 2) if axis < value.dim() else None
 
 
 def fold_all(blocks: nn.ModuleList, folds: Folds, assign: Callable[[Any, str, Any], None]) -> None:

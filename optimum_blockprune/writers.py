@@ -34,7 +34,7 @@ class Writer:
 
     Attributes:
         module: Its name in the block.
-        kind: The widest map that it takes, `"matrix"` or `"diagonal"`.
+        kind: `"matrix"` of a projection, whose weight may become any other; `"diagonal"` of a norm.
         axis, offset: See `Fold`.
         factor: The stream gets its output times this (residual multipliers).
     """

@@ -188,6 +188,14 @@ def test_a_module_that_is_not_there_is_named() -> None:
         fold_into(block_list(tiny_model("llama"))[1], fold, torch.eye(4), setattr)
 
 
+@pytest.mark.parametrize(("module", "kind"), [("input_layernorm", CHANGE), ("mlp.down_proj", DIAGONAL)])
+def test_a_tensor_that_fits_no_weight_is_refused(module: str, kind: str) -> None:
+    fold, block = Fold(1, module, kind, 0, 0.0, "map"), block_list(tiny_model("llama"))[1]
+    for shape in ((), (3,), (3, 3)):
+        with pytest.raises(PlanError, match="made for another model"):
+            fold_into(block, fold, torch.ones(shape), setattr)
+
+
 # The plan's second file
 
 
