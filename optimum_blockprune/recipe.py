@@ -175,8 +175,8 @@ class Recipe:
         default="none",
         metadata={
             "help": "Whether weights that stay make up for what goes, in closed form: 'scale' fits a factor for each "
-            "channel in front of every gap, 'ridge' a whole weight, 'auto' the better one; no shape changes. Kept only "
-            "where some of the windows, which the fit does not see, say that it helps.",
+            "channel in front of every gap, 'ridge' a whole weight, 'auto' the better one; no shape changes. Kept "
+            "only where some of the windows, which the fit does not see, say that it helps.",
             "choices": COMPENSATIONS,
         },
     )
