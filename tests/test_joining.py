@@ -152,3 +152,18 @@ def test_a_change_of_a_narrowed_module_is_zero_where_inputs_are_gone() -> None:
         assert not whole[[0, 1, 4, 5]].any()
         for block, module in ((2, "o_proj"), (3, "down_proj")):
             assert all_inputs(width, given, block, module) is given
+
+
+@pytest.mark.parametrize("layout", ["uniform", "padded", "per_layer"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_change_that_was_fitted_to_a_narrowed_model(family: str, layout: str, tmp_path: Path) -> None:
+    """Width first, then blocks with compensation: the saved plan makes the same model of the dense one."""
+    depth = BlockPruningConfig(
+        "manual", num_blocks=1, compensation="ridge", strategy_options={"blocks": "3"}, **{**TEXT, "num_samples": 8}
+    )
+    pruner = pruned(family, width(family, layout), depth, folder=tmp_path / "out")
+    plan, ids = PruningPlan.from_file(tmp_path / "out"), random_ids(2, 12)
+    assert [(each.block, each.kind) for each in plan.folds.entries] == [(2, "change")]
+    again = plan.apply(tiny_model(family, 6))
+    assert_same_weights(again.state_dict(), pruner.model.state_dict())
+    assert torch.equal(plain_logits(again, ids), plain_logits(pruner.model, ids))
