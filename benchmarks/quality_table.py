@@ -49,8 +49,10 @@ def table(report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _name(choice: str, compensation: str) -> str:
-    plain = choice if compensation == "none" else f"{choice} + {compensation}"
-    return _NAMES.get((choice, compensation), plain)
+    fold, *after = compensation.split("+")
+    if (choice, fold) in _NAMES:
+        return " + ".join([_NAMES[choice, fold], *after])
+    return " + ".join([choice, *([] if fold == "none" else [fold]), *after])
 
 
 def _cell(rows: Rows, base: Rows, text: str, key: tuple[str, str]) -> str:

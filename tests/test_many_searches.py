@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,31 +52,47 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 # Looked at before the search, before the first exchange and before the second.
 LATE = {**SEARCH, "num_samples": 4, "strategy_options": {"time_budget": 1.5}}
-SIZES = (2, 3)
+# Three processes are slow on two cores.
+SIZES = (2, pytest.param(3, marks=pytest.mark.slow))
+Played = Callable[[str], list[Outcome]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    for size in SIZES:
+    for size in (2, 3):
         (folder / str(size)).mkdir()
     return folder
 
 
+def scenarios(folder: Path, size: int) -> dict[str, Scenario]:
+    """All that so many processes are asked for."""
+    place = str(folder / str(size))
+    found = {
+        f"wide-{size}": Scenario("wide_plans", {"cases": list(WIDE.items()), "folder": place}, size),
+        f"plain-{size}": Scenario("plans", {"cases": list(PLAIN.items()), "folder": place}, size),
+        f"mix-{size}": Scenario("mixes", {"cases": list(MIXED.items()), "folder": place}, size),
+        f"failing-{size}": Scenario("failing_maps", {"fields": AUTO}, size),
+        f"late-{size}": Scenario("out_of_time", {"fields": LATE, "ticking": [0]}, size),
+    }
+    if size == 2:
+        found["memory-2"] = Scenario("short_of_memory", {"fields": WIDE["auto-pairs"], "folder": place})
+        found["others-late-2"] = Scenario("out_of_time", {"fields": LATE, "ticking": [1]})
+    return found
+
+
 @pytest.fixture(scope="module")
-def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    scenarios = {}
-    for size in SIZES:
-        place = str(folder / str(size))
-        scenarios[f"wide-{size}"] = Scenario("wide_plans", {"cases": list(WIDE.items()), "folder": place}, size)
-        scenarios[f"plain-{size}"] = Scenario("plans", {"cases": list(PLAIN.items()), "folder": place}, size)
-        scenarios[f"mix-{size}"] = Scenario("mixes", {"cases": list(MIXED.items()), "folder": place}, size)
-        scenarios[f"failing-{size}"] = Scenario("failing_maps", {"fields": AUTO}, size)
-        scenarios[f"late-{size}"] = Scenario("out_of_time", {"fields": LATE, "ticking": [0]}, size)
-    short = {"fields": WIDE["auto-pairs"], "folder": str(folder / "2")}
-    scenarios["memory"] = Scenario("short_of_memory", short)
-    scenarios["others-late"] = Scenario("out_of_time", {"fields": LATE, "ticking": [1]})
-    return play(scenarios, tmp_path_factory.mktemp("played"))
+def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """What came of a scenario; those of one size are played together when the first of them is asked for."""
+    outcomes: dict[str, list[Outcome]] = {}
+
+    def outcome(name: str) -> list[Outcome]:
+        if name not in outcomes:
+            asked = scenarios(folder, int(name.rsplit("-")[-1]))
+            outcomes.update(play(asked, tmp_path_factory.mktemp("played")))
+        return outcomes[name]
+
+    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +129,9 @@ def assert_close(one: Any, other: Any, where: str = "plan") -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", WIDE)
 def test_maps_are_those_of_one_process(
-    name: str, size: int, folder: Path, played: dict[str, list[Outcome]], of_one: dict[str, PruningPlan]
+    name: str, size: int, folder: Path, played: Played, of_one: dict[str, PruningPlan]
 ) -> None:
-    assert [outcome.code for outcome in played[f"wide-{size}"]] == [0] * size, played[f"wide-{size}"][0].err[-2000:]
+    assert [outcome.code for outcome in played(f"wide-{size}")] == [0] * size, played(f"wide-{size}")[0].err[-2000:]
     first, *others = found(folder, name, size)
     for other in others:
         assert other.to_dict() == first.to_dict()
@@ -131,9 +148,9 @@ def test_maps_are_those_of_one_process(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", MIXED)
 def test_splits_are_those_of_one_process(
-    name: str, size: int, folder: Path, played: dict[str, list[Outcome]], of_one: dict[str, PruningPlan]
+    name: str, size: int, folder: Path, played: Played, of_one: dict[str, PruningPlan]
 ) -> None:
-    assert [outcome.code for outcome in played[f"mix-{size}"]] == [0] * size, played[f"mix-{size}"][0].err[-2000:]
+    assert [outcome.code for outcome in played(f"mix-{size}")] == [0] * size, played(f"mix-{size}")[0].err[-2000:]
     first, *others = found(folder, name, size)
     assert all(other.to_dict() == first.to_dict() for other in others)
     assert_close(of_one[name].to_dict(), first.to_dict())
@@ -148,28 +165,26 @@ def test_there_are_maps_to_compare(of_one: dict[str, PruningPlan]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PLAIN)
 def test_exchanges_are_those_of_one_process(
-    name: str, size: int, folder: Path, played: dict[str, list[Outcome]], of_one: dict[str, PruningPlan]
+    name: str, size: int, folder: Path, played: Played, of_one: dict[str, PruningPlan]
 ) -> None:
-    assert [outcome.code for outcome in played[f"plain-{size}"]] == [0] * size, played[f"plain-{size}"][0].err[-2000:]
+    assert [outcome.code for outcome in played(f"plain-{size}")] == [0] * size, played(f"plain-{size}")[0].err[-2000:]
     for plan in found(folder, name, size):
         assert plan.to_dict() == of_one[name].to_dict()
 
 
-def test_maps_are_shared_work(played: dict[str, list[Outcome]]) -> None:
+def test_maps_are_shared_work(played: Played) -> None:
     pruner = wide_pruner(**WIDE["auto"])
     pruner.make_plan()
     shares = []
-    for outcome in played["wide-3"]:
+    for outcome in played("wide-2"):
         lines = [json.loads(line) for line in outcome.out.splitlines()]
         shares.append(next(line["block_forwards"] for line in lines if line["name"] == "auto"))
     assert max(shares) < pruner.report.block_forwards
 
 
-def test_one_process_may_be_short_of_memory(
-    folder: Path, played: dict[str, list[Outcome]], of_one: dict[str, PruningPlan]
-) -> None:
-    assert [outcome.code for outcome in played["memory"]] == [0, 0], played["memory"][1].err[-2000:]
-    halved = [json.loads(outcome.out)["halved"] for outcome in played["memory"]]
+def test_one_process_may_be_short_of_memory(folder: Path, played: Played, of_one: dict[str, PruningPlan]) -> None:
+    assert [outcome.code for outcome in played("memory-2")] == [0, 0], played("memory-2")[1].err[-2000:]
+    halved = [json.loads(outcome.out)["halved"] for outcome in played("memory-2")]
     assert halved == [[], ["_Part._sums", "_Part._losses"]]
     first, second = found(folder, "memory", 2)
     assert first.to_dict() == second.to_dict()
@@ -179,22 +194,22 @@ def test_one_process_may_be_short_of_memory(
 # Time
 
 
-@pytest.mark.parametrize("name", [*(f"late-{size}" for size in SIZES), "others-late"])
-def test_the_clock_of_the_first_process_counts(name: str, played: dict[str, list[Outcome]]) -> None:
-    assert {outcome.code for outcome in played[name]} == {0}, played[name][0].err[-2000:]
-    plans = [json.loads(outcome.out)["plan"] for outcome in played[name]]
-    with clock(0.0 if name == "others-late" else 1.0):
+@pytest.mark.parametrize("name", ["late-2", pytest.param("late-3", marks=pytest.mark.slow), "others-late-2"])
+def test_the_clock_of_the_first_process_counts(name: str, played: Played) -> None:
+    assert {outcome.code for outcome in played(name)} == {0}, played(name)[0].err[-2000:]
+    plans = [json.loads(outcome.out)["plan"] for outcome in played(name)]
+    with clock(0.0 if name == "others-late-2" else 1.0):
         expected = toy_pruner(**LATE).make_plan().to_dict()
     assert plans == [expected] * len(plans)
-    assert expected["details"]["out_of_time"] == (name != "others-late")
+    assert expected["details"]["out_of_time"] == (name != "others-late-2")
 
 
 # Failures
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_where_one_fails_all_end(size: int, played: dict[str, list[Outcome]]) -> None:
-    outcomes = played[f"failing-{size}"]
+def test_where_one_fails_all_end(size: int, played: Played) -> None:
+    outcomes = played(f"failing-{size}")
     assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].err[-2000:]
     said = [json.loads(outcome.out) for outcome in outcomes]
     assert len(said[0]["errors"]) == 6 * size
