@@ -27,7 +27,7 @@ from .card_text import (
     table,
     unescaped,
 )
-from .picture_style import by_divergence
+from .picture_style import by_divergence, scored_text
 from .pictures import DEPTH_FILE, PICTURES, QUALITY_FILE, SEARCH_FILE, alt_texts
 from .plan import PruningPlan
 from .report import PruningReport
@@ -207,7 +207,7 @@ def _blocks(report: PruningReport) -> str | None:
         (str(place), str(block), *(figure(value(block), 4) for value in known.values()))
         for place, block in enumerate(gone, 1)
     ]
-    note = "Figures of the search, on its calibration text; those of all blocks are in `pruning_report.json`."
+    note = f"Figures of the search, on its {scored_text(report)}; those of all blocks are in `pruning_report.json`."
     return paragraphs(table(("removed as", "block", *known), rows, left=0), note)
 
 

@@ -25,7 +25,7 @@ from .page_parts import (
 )
 from .page_quality import depths, quality, tasks, verdict
 from .picture_depth import kept_shares
-from .picture_style import block_count, by_divergence, finite, png
+from .picture_style import block_count, by_divergence, finite, png, scored_text
 from .pictures import DEPTH_FILE, QUALITY_FILE, SEARCH_FILE, alt_texts, can_draw, figures_of
 from .report import PruningReport
 
@@ -215,7 +215,7 @@ def _search(report: PruningReport) -> Iterator[Html | None]:
             for place, step in enumerate(steps, 1)
         ]
         loss = "KL (nats per token)" if by_divergence(report) else "loss, nats per token"
-        head = ("step", "block removed", loss, *(["perplexity on the calibration text"] if left else []))
+        head = ("step", "block removed", loss, *([f"perplexity on the {scored_text(report)}"] if left else []))
         yield folded("Step by step, as a table", table(head, rows))
 
 

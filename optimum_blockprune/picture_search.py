@@ -26,6 +26,7 @@ from .picture_style import (
     new_figure,
     reading,
     scale_of,
+    scored_text,
     short,
     strategy_name,
     tried,
@@ -199,4 +200,4 @@ def search_words(report: PruningReport) -> str | None:
         f"{counted(len(steps), 'step')}; taken, in this order: {', '.join(map(str, chosen))}"
     )
     left = finite(report.steps[-1].get("perplexity"))
-    return words + (f"; the perplexity on the calibration text is {reading(left)} at the end." if left else ".")
+    return words + (f"; the perplexity on the {scored_text(report)} is {reading(left)} at the end." if left else ".")

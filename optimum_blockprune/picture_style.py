@@ -103,6 +103,11 @@ def by_divergence(report: PruningReport) -> bool:
     return details(report).get("objective") == "kl"
 
 
+def scored_text(report: PruningReport) -> str:
+    """What the losses of the search are of: all of the calibration text, or the completions in it alone."""
+    return "completions" if details(report).get("objective") == "task" else "calibration text"
+
+
 def plain(value: Any, limit: int = 60) -> str:
     """Text of any origin in letters that the font has, on one line."""
     line = " ".join(str(value).split()).encode("latin-1", "replace").decode("latin-1")

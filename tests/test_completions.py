@@ -23,11 +23,14 @@ from zoo import other_stacks
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.calibration import WindowSpec
+from optimum_blockprune.card import model_card
 from optimum_blockprune.completions import completion_windows
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, ResumeError, UnsupportedModelError
 from optimum_blockprune.evaluation import EvaluationSpec
 from optimum_blockprune.fingerprints import run_fingerprint
 from optimum_blockprune.loading import load_model
+from optimum_blockprune.page import page
+from optimum_blockprune.picture_search import search_words
 from optimum_blockprune.reproduce import command_for
 from optimum_blockprune.runner import BlockRunner
 
@@ -228,6 +231,9 @@ def test_the_plan_and_the_command_say_it(tmp_path: Path) -> None:
     assert BlockPruningConfig.from_pretrained(tmp_path).objective == "task"
     again = PruningPlan.from_dict(plan.to_dict())
     assert again.details["objective"] == "task"
+    assert "; the perplexity on the completions is " in search_words(made.report)
+    assert "Figures of the search, on its completions;" in str(model_card(plan, made.report, title="smaller"))
+    assert "perplexity on the completions" in page(made.report, title="smaller")
 
 
 def test_the_fingerprint_of_a_run_knows_it() -> None:
