@@ -34,9 +34,9 @@ REDUCED = (
         "falcon_h1",
         "gemma3n_text",
     ),
-    *("gemma4_text", "glm_moe_dsa", "gpt2#inverse_layer_scaling", "gpt_neo", "gpt_oss"),
+    *("gemma4_text", "gemma4_text#kv_shared", "glm_moe_dsa", "gpt2#inverse_layer_scaling", "gpt_neo", "gpt_oss"),
     *("granitemoehybrid", "jamba", "lfm2", "llama4_text", "longcat_flash", "mamba", "minicpm3", "modernbert-decoder"),
-    *("nemotron_h", "qwen3_moe#sparse_step_2", "qwen3_next", "recurrent_gemma", "rwkv", "xglm", "xlnet"),
+    *("nemotron_h", "qwen3_moe#sparse_step_2", "qwen3_next", "recurrent_gemma", "rwkv", "xglm", "xlnet", "zaya"),
 )
 REDUCED_OTHERS = (
     *("gemma3", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "mistral3"),
