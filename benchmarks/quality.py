@@ -9,7 +9,8 @@ holds already is not measured again, and a file of other settings is refused.
     python benchmarks/quality.py --counts 3 --windows 4 --seqlen 128 --test-windows 8 --choices sleb runs
 
 A compensation that ends in `distill` is followed by healing (or is nothing else): a short training towards the dense
-model's predictions, on the same tokens as well.
+model's predictions, on the same tokens as well. With `own` the dense model continues these to four times as many for
+both, as `strategy="auto"` lets it do for the compensation.
 
 `--tasks 200` also asks 200 questions of each of four multiple-choice tasks, and of LAMBADA, and lets the model write.
 """
@@ -37,7 +38,9 @@ TASKS = ("arc_easy/rc_0shot", "piqa/rc_0shot", "openbookqa/rc_0shot", "sciq/rc_0
 LAMBADA = "lambada/bpb_0shot"
 # Of a few settings, what was best on the windows that healing holds out.
 HEALING = {"method": "distill", "steps": 32, "learning_rate": 4e-3}
-DISTILL = "distill"
+HEALED = ("distill", "ridge+distill", "ridge+own+distill")
+# In step with the text.
+_OWN_STEPS = 3
 _HALF = {"unit": "half_block"}
 _RACE = {"strategy_options": {"search": "race"}}
 CHOICES: dict[str, dict[str, Any]] = {
@@ -142,9 +145,10 @@ class _Bench:
             figures = {name: same[name] for name in same.keys() & {*self._figures(), "healing"}}
             fitting = same["fit_seconds"]
         else:
-            begin, fold = time.perf_counter(), compensation.removesuffix(DISTILL).rstrip("+")
-            made = self._compensated(plan, fold, seed) if fold not in ("", "none") else plan
-            pruner = self._healed(made, seed) if compensation.endswith(DISTILL) else self.pruner
+            begin, parts = time.perf_counter(), compensation.split("+")
+            written = self._written() if "own" in parts else 0
+            made = self._compensated(plan, parts[0], seed, written) if parts[0] not in ("distill", "none") else plan
+            pruner = self._healed(made, seed, written) if "distill" in parts else self.pruner
             fitting = time.perf_counter() - begin if compensation != "none" else 0.0
             figures = self._measured(pruner, made if pruner is self.pruner else None)
             if pruner is not self.pruner:
@@ -186,26 +190,32 @@ class _Bench:
         )
         return hashlib.sha256(model.encode()).hexdigest()[:12]
 
-    def _compensated(self, plan: PruningPlan, compensation: str, seed: int) -> PruningPlan:
+    def _written(self) -> int:
+        """Windows that the dense model writes."""
+        return BlockPruningConfig("auto", num_samples=self.args.windows, seqlen=self.args.seqlen).generated_samples
+
+    def _compensated(self, plan: PruningPlan, compensation: str, seed: int, written: int) -> PruningPlan:
         """The same blocks, with maps fitted on the tokens that they were chosen on."""
         names = {"blocks": ",".join(plan.removed_names)}
         config = BlockPruningConfig(
             "manual",
             num_blocks=plan.num_removed,
             compensation=compensation,
+            generated_samples=written,
             strategy_options=names,
             seed=seed,
             **self.data,
         )
         return self._made(config)
 
-    def _healed(self, plan: PruningPlan, seed: int) -> BlockPruner:
+    def _healed(self, plan: PruningPlan, seed: int, written: int) -> BlockPruner:
         """A model of its own that was pruned so, and has learned on the tokens that the plan was chosen on."""
         args = self.args
         pruner = _loaded(args)
         pruner.prune(plan=plan)
-        text = {"num_samples": args.windows, "seqlen": args.seqlen, "seed": seed}
-        pruner.heal(self.data["dataset"], teacher=self.pruner.model, **HEALING, **text)
+        text = {"num_samples": args.windows, "seqlen": args.seqlen, "seed": seed, "generated_samples": written}
+        how = HEALING | ({"steps": HEALING["steps"] * _OWN_STEPS} if written else {})
+        pruner.heal(self.data["dataset"], teacher=self.pruner.model, **how, **text)
         return pruner
 
     def _made(self, config: BlockPruningConfig) -> PruningPlan:
@@ -308,7 +318,7 @@ def _arguments() -> argparse.Namespace:
         "--compensations",
         nargs="+",
         default=["none", "ridge"],
-        choices=["none", "scale", "ridge", "auto", DISTILL, f"ridge+{DISTILL}"],
+        choices=["none", "scale", "ridge", "auto", "ridge+own", *HEALED],
     )
     parser.add_argument("--counts", nargs="+", type=int, default=[3, 5, 7], help="numbers of blocks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

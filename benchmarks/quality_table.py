@@ -16,7 +16,11 @@ from typing import Any
 
 BASELINE = ("sleb", "none")
 # What the product calls a choice together with a compensation.
-_NAMES = {("runs", "ridge"): "auto", ("half-runs", "ridge"): "auto, unit=half_block"}
+_NAMES = {
+    ("runs", "ridge+own"): "auto",
+    ("runs", "ridge"): "auto, generated_samples=0",
+    ("half-runs", "ridge"): "auto, unit=half_block, generated_samples=0",
+}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -49,10 +53,11 @@ def table(report: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _name(choice: str, compensation: str) -> str:
-    fold, *after = compensation.split("+")
+    parts = compensation.split("+")
+    fold, after = "+".join(part for part in parts if part != "distill"), ["distill"] * parts.count("distill")
     if (choice, fold) in _NAMES:
         return " + ".join([_NAMES[choice, fold], *after])
-    return " + ".join([choice, *([] if fold == "none" else [fold]), *after])
+    return " + ".join([choice, *([] if fold in ("", "none") else [fold]), *after])
 
 
 def _cell(rows: Rows, base: Rows, text: str, key: tuple[str, str]) -> str:

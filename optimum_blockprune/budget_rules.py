@@ -96,3 +96,30 @@ def check_held_out(recipe: Any) -> None:
             f"held_out_samples={recipe.held_out_samples} is too large: beside num_samples={recipe.num_samples} "
             f"windows at most {most} are held out. Raise num_samples, or give a held_out_dataset."
         )
+
+
+def blocks_for_target(target: int, sizes: Sequence[int], total_params: int) -> int:
+    """Counts the blocks, smallest first, that bring a model of `total_params` down to `target`."""
+    if target >= total_params:
+        raise ConfigurationError(
+            f"target_params={target:,} leaves nothing to remove: the model has {total_params:,} parameters."
+        )
+    count, rest = fewest_within(sizes, total_params, target)
+    if count is not None:
+        return count
+    raise ConfigurationError(
+        f"target_params={target:,} cannot be reached: removing the {len(sizes)} blocks that may go leaves {rest:,} of "
+        f"{total_params:,} parameters. The smallest target_params that every choice of blocks reaches is {rest:,}."
+    )
+
+
+def why_blocks_stay(num_blocks: int, removable: Sequence[int]) -> str:
+    """Says which blocks are protected, in the words of the two fields that protect them."""
+    if not removable:
+        return f"all {num_blocks} are protected (protect_first, protect_last)"
+    first, last = removable[0], num_blocks - 1 - removable[-1]
+    between = num_blocks - len(removable) - first - last
+    if not first + last + between:
+        return "one block must stay"
+    inner = f" and {between} in between" if between else ""
+    return f"the first {first}, the last {last}{inner} are protected (protect_first, protect_last)"

@@ -123,6 +123,7 @@ class Search:
             unit=recipe.unit or BLOCK,
             objective=objective,
             compensation=recipe.compensation,
+            generated_samples=recipe.generated_samples,
             team=_team(stack, recipe, windows, self._held_out),
             ledger=_ledger(stack, recipe, windows, self._held_out, keep),
         )

@@ -39,6 +39,7 @@ from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
 from .halves import half_off
 from .losses import predicted
 from .measures import fp64_zeros
+from .own_text import SIDE_BY_SIDE, prompts_of, with_own_text
 from .plan import PruningPlan
 from .recipe import Recipe
 from .runner import BlockRunner
@@ -118,7 +119,8 @@ def compensated(context: SearchContext, plan: PruningPlan, compensation: str) ->
         NonFiniteError: Statistics are NaN or infinite.
     """
     plan = _Compensation(context, plan, _KINDS[compensation]).plan()
-    details = {"asked": compensation, **plan.details["compensation"]}
+    own = {"generated_samples": context.generated_samples} if context.generated_samples else {}
+    details = {"asked": compensation, **own, **plan.details["compensation"]}
     return replace(plan, details={**plan.details, "compensation": details})
 
 
@@ -147,11 +149,34 @@ def writer_before(runner: BlockRunner, before: Half, off: Collection[Unit]) -> W
     return find_writer(block, run)
 
 
+def _and_own_text(context: SearchContext, windows: CalibrationWindows) -> CalibrationWindows:
+    """The windows, and those that the dense model writes, once for all numbers of blocks."""
+    model = context.runner.model
+    prompts = prompts_of(model, windows, context.generated_samples, context.seed)
+    if prompts is None:
+        return windows
+    if windows.fingerprint not in context.own_text:
+        context = replace(context, batch_size=max(context.batch_size, SIDE_BY_SIDE))
+
+        def measure(size: int) -> dict[str, Tensor]:
+            rows = torch.zeros(len(prompts.seeds), prompts.length, dtype=torch.long)
+            with context.progress(len(rows), "Writing text") as bar:
+                for start, batch in context.batches(size, prompts.windows):
+                    end = start + len(batch.input_ids)
+                    rows[start:end] = prompts.written(model, start, batch.input_ids)
+                    bar.update(end - start)
+            return {"rows": rows}
+
+        context.own_text[windows.fingerprint] = context.measured("own-text", measure)["rows"]
+    return with_own_text(windows, context.own_text[windows.fingerprint])
+
+
 class _Compensation:
     def __init__(self, context: SearchContext, plan: PruningPlan, kinds: Sequence[str]) -> None:
         self.context, self.runner, self._plan, self.kinds = context, context.runner, plan, kinds
         self.off: list[Unit] = list(plan.removed_units)
-        self.fitted, judges = fitting_part(context.require_windows(), _JUDGES)
+        given, judges = fitting_part(context.require_windows(), _JUDGES)
+        self.fitted = _and_own_text(context, given)
         self.judges = with_teacher(self.runner, judges, context.batch_size)
         self.entries: list[Fold] = []
         self.tensors: dict[str, Tensor] = {}
@@ -171,7 +196,13 @@ class _Compensation:
             f"Compensation: KL {first:.4f} -> {reached:.4f} nats per token on {self.judges.num_windows} windows that "
             f"judge ({len(self.entries)} of {len(points)} cuts)."
         )
-        details = {"kl_before": first, "kl_after": reached, "judges": self.judges.num_windows, "cuts": steps}
+        details = {
+            "kl_before": first,
+            "kl_after": reached,
+            "windows": self.fitted.num_windows,
+            "judges": self.judges.num_windows,
+            "cuts": steps,
+        }
         return replace(
             self._plan,
             folds=Folds(tuple(self.entries), digest_of(self.tensors), held=self.tensors),

@@ -87,6 +87,7 @@ class BlockPruningConfig(BaseConfig):
         protect_first: int | None = Recipe.protect_first,
         protect_last: int | None = Recipe.protect_last,
         compensation: str = Recipe.compensation,
+        generated_samples: int | None = Recipe.generated_samples,
         layout: str = Recipe.layout,
         align: int = Recipe.align,
         strategy_options: dict[str, Any] | None = Recipe.strategy_options,
@@ -169,8 +170,9 @@ class BlockPruningConfig(BaseConfig):
                 f"Several searches ({plan.strategy}) are no one configuration; the plan has it all."
             )
         stack = None if plan.stack == "decoder" else plan.stack
-        asked = plan.details.get("compensation", {}).get("asked")
-        compensation = {} if asked is None else {"compensation": asked}
+        fitted = plan.details.get("compensation", {})
+        asked = {"compensation": fitted.get("asked"), "generated_samples": fitted.get("generated_samples")}
+        compensation = {name: value for name, value in asked.items() if value is not None}
         if plan.strategy == "manual":
             named = {"blocks": ",".join(plan.removed_names)}
             return cls("manual", num_blocks=plan.num_removed, stack=stack, strategy_options=named, **compensation)

@@ -26,7 +26,7 @@ from .measures import content_mask
 
 
 # Tried at every cut, times the mean diagonal of y'y; our choice.
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)

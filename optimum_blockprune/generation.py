@@ -7,13 +7,19 @@ says whether it is true or makes sense.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from .architectures import Layout, layout_for
 from .batches import CalibrationWindows
@@ -57,7 +63,7 @@ def check_generation(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigurationError(f"{name} must be a whole number of at least 1, not {value!r}.")
     layout = layout_for(model)
-    if not _continues_text(model, layout) or windows.extra or windows.labels is not None:
+    if not continues_text(model, layout) or windows.extra or windows.labels is not None:
         return None
     limit = positions_of(layout)
     lengths = (prompt_tokens, windows.seqlen // 2, *(() if limit is None else (limit // 2,)))
@@ -77,7 +83,8 @@ def check_generation(
     }
 
 
-def _continues_text(model: PreTrainedModel, layout: Layout) -> bool:
+def continues_text(model: PreTrainedModel, layout: Layout) -> bool:
+    """Whether a model reads text and nothing else, and writes what comes next."""
     kind = layout.kind
     return kind.is_text_decoder and kind.task == "text-generation" and model.can_generate()
 
@@ -93,22 +100,46 @@ def _prompts(windows: CalibrationWindows, count: int, length: int) -> Tensor | N
 
 def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[list[int]]:
     """Greedy continuations, each up to its first end-of-text token."""
-    ends = _ends(model)
+    ends = ends_of(model)
+    return [_until(row, ends) for row in continuation(model, prompts, new_tokens, ends=ends).tolist()]
+
+
+def continuation(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    *,
+    ends: Collection[int] = (),
+    processors: Sequence[LogitsProcessor] = (),
+) -> Tensor:
+    """What a model says after prompts, always its largest logit: [B, at most `new_tokens`].
+
+    Args:
+        model: The model; not changed, and its own settings for generation are set aside.
+        prompts: Tokens [B, P].
+        new_tokens: Tokens that it writes.
+        ends: Tokens after which a row is filled up with one of them; without any all rows are as long.
+        processors: Change the logits before.
+    """
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
         use_cache=True,
         max_new_tokens=new_tokens,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),  # what follows an end is cut off
+        pad_token_id=min(ends, default=0),
     )
     ids = prompts.to(model.device)
     with torch.no_grad(), evaluating(model), _own_settings(model, settings):
         # Not the model's own attribute: some models wrap `generate`.
         output = GenerationMixin.generate(
-            model, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            model,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(processors),
         )
-    return [_until(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+    return output[:, ids.shape[1] :]
 
 
 @contextmanager
@@ -122,7 +153,7 @@ def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterato
         model.generation_config = own
 
 
-def _ends(model: PreTrainedModel) -> set[int]:
+def ends_of(model: PreTrainedModel) -> set[int]:
     """The tokens that end a text."""
     for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
         ends = getattr(config, "eos_token_id", None)

@@ -33,6 +33,7 @@ from .inputs import Caller, vocabulary_of
 from .ledger import Ledger
 from .loading import load_model, records_beside
 from .losses import perplexity_of
+from .own_text import prompts_of, with_own_text, written_alone
 from .plan import PruningPlan
 from .processes import launched
 from .publishing import Publishing
@@ -256,15 +257,26 @@ def _trained(lesson: _Lesson, merge: Merge, checkpoints: Path | None) -> int:
     # Before the adapters are in, with which no runner would have the model.
     runner = BlockRunner(model, stack.layout.stack)
     loss = next_token_loss if lesson.teacher is None else distillation_loss(BlockRunner(lesson.teacher))
-    targets = target_layers(stack, spec.target_modules)
+    targets, windows = target_layers(stack, spec.target_modules), _and_own_text(lesson)
     with own_randomness(model, spec.seed), adapted(stack, targets, spec) as layers, torch.enable_grad():
         student = Student(Caller(model, stack.layout), layers, runner.device)
         if hasattr(model, "hf_device_map"):
             student.hf_device_map = model.hf_device_map  # keeps the adapters where their layers are
-        tokens = train(student, lesson.training, loss, spec, checkpoints=checkpoints)
+        tokens = train(student, windows, loss, spec, checkpoints=checkpoints)
         values = merged_weights(layers)
     merge.put(values)
     return tokens
+
+
+def _and_own_text(lesson: _Lesson) -> CalibrationWindows:
+    """What is trained on: the given windows, and those that the dense model writes."""
+    spec, windows = lesson.spec, lesson.training
+    if lesson.teacher is None:
+        return windows
+    prompts = prompts_of(lesson.teacher, windows, spec.generated_samples, spec.seed)
+    return (
+        windows if prompts is None else with_own_text(windows, written_alone(lesson.teacher, prompts, spec.batch_size))
+    )
 
 
 def _held_out_before(lesson: _Lesson, ledger: Ledger | None) -> float:

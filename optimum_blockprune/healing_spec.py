@@ -48,6 +48,12 @@ class HealingSpec:
     num_samples: int | None = _setting(
         512, "Number of windows of text, those held out among them; in Python None for all of it.", minimum=2
     )
+    generated_samples: int = _setting(
+        0,
+        "Windows of text that the dense model writes itself, from beginnings out of the others, to be trained on, "
+        "too, where there is little text; for 'distill'.",
+        minimum=0,
+    )
     held_out: float = _setting(
         0.1, "Share of the windows, at the end, that is not trained on but tells whether healing helped."
     )
@@ -72,6 +78,10 @@ class HealingSpec:
                 raise ConfigurationError(f"{name} must be a number above {least} and below {most}, not {value!r}.")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigurationError(f"dropout must be a number from 0 to below 1, not {self.dropout!r}.")
+        if self.generated_samples and self.method != "distill":
+            raise ConfigurationError(
+                f"generated_samples={self.generated_samples} is text of the dense model: it needs method='distill'."
+            )
         if self.warmup is not None and self.warmup > self.steps:
             raise ConfigurationError(f"warmup={self.warmup} is more than the {self.steps} steps.")
         _check_words(self)

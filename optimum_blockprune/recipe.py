@@ -14,7 +14,15 @@ from dataclasses import Field, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
-from .budget_rules import HELD_OUT_FIELDS, OPEN_BUDGETS, blocks_for_size, check_held_out, check_number, fewest_within
+from .budget_rules import (
+    HELD_OUT_FIELDS,
+    OPEN_BUDGETS,
+    blocks_for_size,
+    blocks_for_target,
+    check_held_out,
+    check_number,
+    why_blocks_stay,
+)
 from .errors import ConfigurationError, nearest
 from .widths import LAYOUTS
 
@@ -180,6 +188,15 @@ class Recipe:
             "choices": COMPENSATIONS,
         },
     )
+    generated_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Windows of text that the dense model writes itself, from beginnings out of dataset, for "
+            "compensation to be fitted on, too: where there is little text. If not given: none; with strategy 'auto', "
+            "up to three for each window of text, to 32,768 tokens in all.",
+            "minimum": 0,
+        },
+    )
     layout: str = field(
         default="uniform",
         metadata={
@@ -241,7 +258,7 @@ class Recipe:
         # A plan keeps at least one block, even where nothing is protected.
         limit = min(len(removable), num_blocks - 1)
         if name == "target_params":
-            return _blocks_for_target(value, sorted(block_params[i] for i in removable)[:limit], total_params)
+            return blocks_for_target(value, sorted(block_params[i] for i in removable)[:limit], total_params)
         if name == "target_size_gb":
             return blocks_for_size(value, sorted(block_params[i] for i in removable)[:limit], total_params)
         count = max(1, limit) if name in OPEN_BUDGETS else value
@@ -254,35 +271,8 @@ class Recipe:
         allowed = f"The largest possible {name} is {largest}." if limit > 0 else "No block may go."
         raise ConfigurationError(
             f"{name}={value} asks to remove {count} of {num_blocks} blocks, but only {limit} may go: "
-            f"{_why_blocks_stay(num_blocks, removable)}. {allowed}"
+            f"{why_blocks_stay(num_blocks, removable)}. {allowed}"
         )
-
-
-def _blocks_for_target(target: int, sizes: Sequence[int], total_params: int) -> int:
-    """Counts the blocks, smallest first, that bring a model of `total_params` down to `target`."""
-    if target >= total_params:
-        raise ConfigurationError(
-            f"target_params={target:,} leaves nothing to remove: the model has {total_params:,} parameters."
-        )
-    count, rest = fewest_within(sizes, total_params, target)
-    if count is not None:
-        return count
-    raise ConfigurationError(
-        f"target_params={target:,} cannot be reached: removing the {len(sizes)} blocks that may go leaves {rest:,} of "
-        f"{total_params:,} parameters. The smallest target_params that every choice of blocks reaches is {rest:,}."
-    )
-
-
-def _why_blocks_stay(num_blocks: int, removable: Sequence[int]) -> str:
-    """Says which blocks are protected, in the words of the two fields that protect them."""
-    if not removable:
-        return f"all {num_blocks} are protected (protect_first, protect_last)"
-    first, last = removable[0], num_blocks - 1 - removable[-1]
-    between = num_blocks - len(removable) - first - last
-    if not first + last + between:
-        return "one block must stay"
-    inner = f" and {between} in between" if between else ""
-    return f"the first {first}, the last {last}{inner} are protected (protect_first, protect_last)"
 
 
 def _check_budget(recipe: Recipe) -> None:
@@ -328,6 +318,11 @@ def _check_texts(recipe: Recipe) -> None:
         raise ConfigurationError(f"dataset_text_field must be the name of a column, not {column!r}.")
     if not isinstance(recipe.use_chat_template, bool):
         raise ConfigurationError(f"use_chat_template must be True or False, not {recipe.use_chat_template!r}.")
+    if recipe.generated_samples and recipe.compensation == "none":
+        raise ConfigurationError(
+            f"generated_samples={recipe.generated_samples} is text for compensation to be fitted on: name a "
+            "compensation ('ridge'), or leave it out."
+        )
     for name, choices in _CHOICES.items():
         value = getattr(recipe, name)
         if value not in choices and not (name == "objective" and value is None):

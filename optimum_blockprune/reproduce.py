@@ -153,7 +153,9 @@ def _made_with(plan: PruningPlan, recipe: Recipe) -> bool:
     options = all(plan.options.get(name) == value for name, value in (recipe.strategy_options or {}).items())
     width = not plan.width or plan.width.layout == recipe.layout
     width = width and (plan.details.get("unit", "block") == (recipe.unit or "block"))
-    width = width and plan.details.get("compensation", {}).get("asked", "none") == recipe.compensation
+    fitted = plan.details.get("compensation", {})
+    width = width and fitted.get("asked", "none") == recipe.compensation
+    width = width and (fitted.get("generated_samples") or 0) == (recipe.generated_samples or 0)
     default = next(iter(get_strategy(recipe.strategy).objectives), None)
     wanted = recipe.objective or default
     same = options and width and plan.details.get("objective", default) == wanted

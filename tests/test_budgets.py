@@ -14,8 +14,20 @@ import pytest
 import torch
 from families import tiny_model
 from ranks import Outcome, Scenario, play
+from tiers import often
 from torch import Tensor
-from toys import TEXTS, assert_unchanged, config, snapshot, text, toy_folder, toy_pruner, wide, word_tokenizer
+from toys import (
+    TEXTS,
+    assert_unchanged,
+    config,
+    seconds_by_blocks,
+    snapshot,
+    text,
+    toy_folder,
+    toy_pruner,
+    wide,
+    word_tokenizer,
+)
 from transformers import PreTrainedModel
 from zoo import other_stacks
 
@@ -117,7 +129,7 @@ def with_maps(plan: PruningPlan, windows: CalibrationWindows) -> dict[str, float
     return {"kl": ours["kl"], "increase": ours["perplexity"] / theirs["perplexity"] - 1}
 
 
-@pytest.mark.parametrize("budget", ["max_kl", "max_ppl_increase"])
+@pytest.mark.parametrize("budget", often(["max_kl", "max_ppl_increase"], kept=lambda budget: budget == "max_kl"))
 @pytest.mark.parametrize(
     "fields",
     [
@@ -448,15 +460,10 @@ def test_the_dtype_counts_for_the_size() -> None:
 # Speed
 
 
-def by_blocks(model: PreTrainedModel) -> list[float]:
-    """Seconds of a machine on which a block takes one, and all the rest two (prefill) or one (decode)."""
-    return [len(model.model.layers) + 2.0, len(model.model.layers) + 1.0]
-
-
 @pytest.mark.parametrize(("target", "count"), [(1.01, 1), (8 / 7, 1), (1.15, 2), (8 / 6, 2), (1.34, 3), (2.0, 4)])
 @pytest.mark.parametrize("strategy", ["sleb", "random", "shortgpt"])
 def test_as_few_blocks_go_as_the_speed_needs(strategy: str, target: float, count: int, monkeypatch) -> None:
-    monkeypatch.setattr(speedup, "request_seconds", by_blocks)
+    monkeypatch.setattr(speedup, "request_seconds", seconds_by_blocks)
     pruner = toy_pruner(strategy=strategy, target_speedup=target)
     before = snapshot(pruner.model)
     plan = pruner.make_plan()
@@ -470,7 +477,7 @@ def test_as_few_blocks_go_as_the_speed_needs(strategy: str, target: float, count
 
 
 def test_a_speed_that_cannot_be_reached_names_the_largest(monkeypatch) -> None:
-    monkeypatch.setattr(speedup, "request_seconds", by_blocks)
+    monkeypatch.setattr(speedup, "request_seconds", seconds_by_blocks)
     message = r"target_speedup=2.1 cannot be reached: without the 4 blocks that may go, prefill 2.000 and decode 2.333"
     with pytest.raises(ConfigurationError, match=message + ".*The largest reachable target_speedup is 2.0."):
         toy_pruner(target_speedup=2.1).make_plan()
@@ -519,11 +526,14 @@ def test_a_model_is_really_timed_and_put_back(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "written"),
-    [
-        *(({"max_kl": 0.002}, written) for written in (1, 2, 4)),
-        *(({"strategy": "shortgpt", "max_kl": 0.002}, written) for written in (1, 2, 4)),
-        *(({"strategy": "search", "max_kl": 0.002, "compensation": "ridge"}, written) for written in (1, 4, 7)),
-    ],
+    often(
+        [
+            *(({"max_kl": 0.002}, written) for written in (1, 2, 4)),
+            *(({"strategy": "shortgpt", "max_kl": 0.002}, written) for written in (1, 2, 4)),
+            *(({"strategy": "search", "max_kl": 0.002, "compensation": "ridge"}, written) for written in (1, 4, 7)),
+        ],
+        kept=lambda case: case[1] in (2, 4),
+    ),
     ids=str,
 )
 def test_a_search_goes_on_after_an_interruption(fields, written: int, tmp_path: Path, monkeypatch) -> None:
@@ -552,8 +562,8 @@ CASES: dict[str, dict[str, Any]] = {
     "kl": {"max_kl": 0.145, "num_samples": 3},
     "one-pass": {"max_kl": 0.09, "strategy": "shortgpt", "num_samples": 3},
     "increase": {"max_ppl_increase": 0.05, "num_samples": 3},
-    "maps": {"max_kl": 0.16, "num_samples": 4, "compensation": "ridge"},
-    "speed": {"target_speedup": 1.0001},
+    "maps": {"max_kl": 0.16, "num_samples": 4, "compensation": "ridge", "generated_samples": 5},
+    "speed": {"target_speedup": 8 / 6},
 }
 
 
@@ -571,7 +581,7 @@ def test_two_processes_choose_what_one_does(name: str, played) -> None:
     first, second = (PruningPlan.from_file(folder / f"{name}-{rank}.json") for rank in (0, 1))
     assert first == second
     if name == "speed":
-        assert first.num_removed >= 1 and first.details["budget"]["speedup"] >= 1.0001
+        assert first.num_removed == 2 and first.details["budget"]["speedup"] == 8 / 6
         return
     pruner = toy_pruner(**CASES[name])
     alone = pruner.make_plan()

@@ -245,7 +245,8 @@ def test_a_signal_before_the_renaming_leaves_the_old_result(
         assert files_below(tmp_path / "out") == {"old.txt": b"the old result"}
 
 
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signals_at_random_moments(name: str, server: Runner, words: list[str], tmp_path: Path) -> None:
     """Either nothing is there or everything, and the next run is as whole as one that nothing happened to."""
     seconds = server(*words, tmp_path / "first").seconds

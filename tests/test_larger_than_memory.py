@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from families import block_list, plain_logits, random_ids, silenced
+from tiers import often
 from toys import NUM_BLOCKS, config, toy_folder, word_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -81,7 +82,10 @@ CASES = [(streamed, *each) for each in STRATEGIES] + [
 ]
 
 
-@pytest.mark.parametrize(("load", "strategy", "options"), CASES)
+@pytest.mark.parametrize(
+    ("load", "strategy", "options"),
+    often(CASES, kept=lambda case: case[0] is streamed or case[1] in ("sleb", "mi_prun")),
+)
 def test_the_plan_is_that_of_the_model_in_memory(
     load: Callable[[Path], PreTrainedModel], strategy: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -43,7 +43,16 @@ LONG = {"num_samples": 1, "seqlen": 120, "dataset": [text(400)]}
 EMPTY = {f"{name}-empty": {**fields, **LONG} for name, fields in SEARCHES.items() if name != "race"}
 ROWS = [{"prompt": text(4 + row, row), "completion": " " + text(2 + row % 3, 9 + row)} for row in range(4)]
 TASK = {"task": {**EVEN, "objective": "task", "dataset": ROWS}}
-CASES = {**SEARCHES, **UNEVEN, **EMPTY, **TASK}
+SEARCH = {"search": {**EVEN, "strategy": "search", "num_blocks": 3}}
+EVERY = {**SEARCHES, **UNEVEN, **EMPTY, **TASK, **SEARCH}
+# Together they take minutes on two cores: of those that are like others, a few run by default.
+_FEW = ("angular", "shortgpt", "naive", "shortgpt-halves", "angular-halves-uneven")
+MORE = {
+    name: fields
+    for name, fields in EVERY.items()
+    if name not in _FEW and ("halves" in name or name.startswith(("angular", "shortgpt", "naive")))
+}
+CASES = {name: fields for name, fields in EVERY.items() if name not in MORE}
 THREE = {name: CASES[name] for name in ("sleb-uneven", "race", "mi_prun-uneven", "bip-uneven")}
 
 FAULTS = ("error", "SIGKILL", "SIGINT", "SIGTERM")
@@ -93,9 +102,15 @@ def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return play(scenarios, tmp_path_factory.mktemp("played"))
 
 
+@pytest.fixture(scope="module")
+def played_more(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    scenario = Scenario("plans", {"cases": list(MORE.items()), "folder": str(folder / "plans")})
+    return play({"plans": scenario}, tmp_path_factory.mktemp("more"))["plans"]
+
+
 def of_one(name: str) -> PruningPlan:
     """The plan that one process makes."""
-    return toy_pruner(**CASES[name]).make_plan()
+    return toy_pruner(**EVERY[name]).make_plan()
 
 
 # The same plan
@@ -103,7 +118,17 @@ def of_one(name: str) -> PruningPlan:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_find_the_plan_of_one(name: str, folder: Path, played: dict[str, list[Outcome]]) -> None:
-    assert [outcome.code for outcome in played["plans"]] == [0, 0], played["plans"][0].err[-2000:]
+    assert_plan_of_one(name, folder, played["plans"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_two_processes_find_more_plans_of_one(name: str, folder: Path, played_more: list[Outcome]) -> None:
+    assert_plan_of_one(name, folder, played_more)
+
+
+def assert_plan_of_one(name: str, folder: Path, outcomes: list[Outcome]) -> None:
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err[-2000:]
     expected = of_one(name).to_dict()
     for rank in range(2):
         assert PruningPlan.from_file(folder / "plans" / f"{name}-{rank}.json").to_dict() == expected

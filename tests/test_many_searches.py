@@ -52,8 +52,9 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 # Looked at before the search, before the first exchange and before the second.
 LATE = {**SEARCH, "num_samples": 4, "strategy_options": {"time_budget": 1.5}}
-# Three processes are slow on two cores.
-SIZES = (2, pytest.param(3, marks=pytest.mark.slow))
+SIZES = (2, 3)
+# Minutes on two cores; by default, `test_many_processes` has a search, and `test_budgets` has maps.
+pytestmark = pytest.mark.slow
 Played = Callable[[str], list[Outcome]]
 
 
@@ -194,7 +195,7 @@ def test_one_process_may_be_short_of_memory(folder: Path, played: Played, of_one
 # Time
 
 
-@pytest.mark.parametrize("name", ["late-2", pytest.param("late-3", marks=pytest.mark.slow), "others-late-2"])
+@pytest.mark.parametrize("name", ["late-2", "late-3", "others-late-2"])
 def test_the_clock_of_the_first_process_counts(name: str, played: Played) -> None:
     assert {outcome.code for outcome in played(name)} == {0}, played(name)[0].err[-2000:]
     plans = [json.loads(outcome.out)["plan"] for outcome in played(name)]

@@ -50,7 +50,7 @@ LAYERS = (
     # one live model, and what is measured on its hidden states
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
     ("benchmark_tasks", "file_weights", "forms", "generation", "halves", "per_layer", "writers"),
-    ("estimators", "ica", "runner", "skeleton", "tasks", "template"),
+    ("estimators", "ica", "own_text", "runner", "skeleton", "tasks", "template"),
     ("passes", "streaming"),
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")

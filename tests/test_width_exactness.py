@@ -16,6 +16,7 @@ import pytest
 import torch
 from exactness import EXACT, REFUSED, SUBJECTS, WRONG, Subject, Verdict, relative
 from safetensors.torch import load_file
+from tiers import often
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from width_exactness import FAMILIES, LAYOUTS, TOLERANCE, Case, case, judge, masked, same_model, uneven, width_config
@@ -261,7 +262,7 @@ def depth_and_width(layout: str, **fields: Any) -> list[BlockPruningConfig]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", often(["llama", "gemma3_text"], kept=lambda name: name == "llama"))
 def test_depth_and_width_in_one_go(name: str, layout: str, tmp_path: Path) -> None:
     subject = case(name, blocks=5)
     model = subject.model()

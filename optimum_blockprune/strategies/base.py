@@ -60,6 +60,8 @@ class SearchContext:
         objective: What the loss on the windows is: `"nll"`, `"kl"` where they have a teacher, or `"task"` where
             their labels are completions; `None` where the strategy has no objectives.
         compensation: What will be fitted in front of the cuts of the plan: `"none"`, `"scale"`, `"ridge"` or `"auto"`.
+        generated_samples: Windows that the dense model writes for that.
+        own_text: Filled by compensation: what the model wrote, by the fingerprint of what it continued.
         team: The processes that share the measuring; one alone by default.
         ledger: Where finished measurements are kept, so that a run that was killed goes on from there.
         go_on: Whether to take another step after `removed`. A greedy search asks after each step; where the answer is
@@ -80,6 +82,8 @@ class SearchContext:
     unit: str = BLOCK
     objective: str | None = None
     compensation: str = "none"
+    generated_samples: int | None = None
+    own_text: dict[str, Tensor] = field(default_factory=dict)
     team: Team = field(default_factory=lambda: _alone())
     ledger: Ledger | None = None
     go_on: Callable[[Sequence[Removal]], bool] = _always
