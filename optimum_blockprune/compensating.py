@@ -23,6 +23,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
 from .halves import half_off
 from .losses import predicted
 from .measures import fp64_zeros
-from .own_text import SIDE_BY_SIDE, prompts_of, with_own_text
+from .own_text import SIDE_BY_SIDE, prompts_of
 from .plan import PruningPlan
 from .recipe import Recipe
 from .runner import BlockRunner
@@ -54,6 +55,8 @@ logger = logging.get_logger("optimum.blockprune.compensating")
 
 NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
 _KINDS = {SCALE: (DIAGONAL,), RIDGE: (CHANGE,), AUTO: (DIAGONAL, CHANGE)}
+# What a token of the model's own text weighs beside one of the given text; tried at every cut, our choice.
+SHARES = (0.0, 0.1, 0.3, 1.0)
 # One window in so many judges.
 _JUDGES = 8
 
@@ -149,12 +152,12 @@ def writer_before(runner: BlockRunner, before: Half, off: Collection[Unit]) -> W
     return find_writer(block, run)
 
 
-def _and_own_text(context: SearchContext, windows: CalibrationWindows) -> CalibrationWindows:
-    """The windows, and those that the dense model writes, once for all numbers of blocks."""
+def _own_text(context: SearchContext, windows: CalibrationWindows) -> CalibrationWindows | None:
+    """What the dense model writes, once for all numbers of blocks; `None` if nothing."""
     model = context.runner.model
     prompts = prompts_of(model, windows, context.generated_samples, context.seed)
     if prompts is None:
-        return windows
+        return None
     if windows.fingerprint not in context.own_text:
         context = replace(context, batch_size=max(context.batch_size, SIDE_BY_SIDE))
 
@@ -168,15 +171,34 @@ def _and_own_text(context: SearchContext, windows: CalibrationWindows) -> Calibr
             return {"rows": rows}
 
         context.own_text[windows.fingerprint] = context.measured("own-text", measure)["rows"]
-    return with_own_text(windows, context.own_text[windows.fingerprint])
+    return CalibrationWindows.from_tokens(context.own_text[windows.fingerprint], source="the dense model")
+
+
+def _together(sums: dict[str, Tensor], kind: str, share: float) -> dict[str, Tensor]:
+    """Sums over all tokens, those of the model's own text with a share of their weight."""
+    parts = ("moments", "missing", "still")
+    if not share:
+        return {part: sums[f"{kind}-{part}"] for part in parts}
+    return {part: sums[f"{kind}-{part}"] + share * sums[f"own-{kind}-{part}"] for part in parts}
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A map that was judged."""
+
+    fold: Fold
+    share: float
+    strength: float
+    tensor: Tensor
+    loss: float
 
 
 class _Compensation:
     def __init__(self, context: SearchContext, plan: PruningPlan, kinds: Sequence[str]) -> None:
         self.context, self.runner, self._plan, self.kinds = context, context.runner, plan, kinds
         self.off: list[Unit] = list(plan.removed_units)
-        given, judges = fitting_part(context.require_windows(), _JUDGES)
-        self.fitted = _and_own_text(context, given)
+        self.fitted, judges = fitting_part(context.require_windows(), _JUDGES)
+        self.own = _own_text(context, self.fitted)
         self.judges = with_teacher(self.runner, judges, context.batch_size)
         self.entries: list[Fold] = []
         self.tensors: dict[str, Tensor] = {}
@@ -184,7 +206,7 @@ class _Compensation:
     def plan(self) -> PruningPlan:
         points = cut_points(self._plan)
         steps: list[dict[str, Any]] = []
-        first = self._judged(0, None, [([], {})])[0]
+        first = self._judged("0", [([], {})])[0]
         reached = first
         with self.context.progress(len(points), "Compensation") as bar:
             for number, point in enumerate(points, 1):
@@ -200,6 +222,7 @@ class _Compensation:
             "kl_before": first,
             "kl_after": reached,
             "windows": self.fitted.num_windows,
+            **({} if self.own is None else {"own_windows": self.own.num_windows}),
             "judges": self.judges.num_windows,
             "cuts": steps,
         }
@@ -216,30 +239,47 @@ class _Compensation:
             logger.info(f"No weight in front of the cut behind {point.before} can take a map; left as it is.")
             return {"kind": "none", "reason": "no module writes to the stream alone"}
         kinds = self.kinds if writer.kind == MATRIX else (DIAGONAL,)
-        sums = self.context.measured(f"compensation-{number}", partial(self._sums, point, writer, kinds))
+        sums = self._all_sums(number, point, writer, kinds)
+        name = f"{point.before.block}.{writer.module}"
+        best: _Tried | None = None
+        tried: list[float] = []
+        # Not all at once: each of them has a weight of its own while it is judged.
+        for kind, share in product(kinds, SHARES if self.own is not None else (0.0,)):
+            fold, found = writer.fold(point.before.block, kind, name), _together(sums, kind, share)
+            tensors = [solved(found, kind, strength) for strength in STRENGTHS]
+            losses = self._judged(f"{number}-{kind}-{share}", [([fold], {name: tensor}) for tensor in tensors])
+            tried += losses
+            for strength, tensor, loss in zip(STRENGTHS, tensors, losses, strict=True):
+                if loss < (reached if best is None else best.loss):
+                    best = _Tried(fold, share, strength, tensor, loss)
+        if best is None:
+            return {"kind": "none", "module": writer.module, "tried": tried}
+        self.entries.append(best.fold)
+        self.tensors[name] = best.tensor
+        own = {} if self.own is None else {"own_share": best.share}
+        chosen = {"kind": best.fold.kind, "module": writer.module, **own, "strength": best.strength, "kl": best.loss}
+        return {**chosen, "tried": tried}
+
+    def _all_sums(self, number: int, point: CutPoint, writer: Writer, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """What `_sums` gives of the given windows, and, with `own-` in front of the names, of the model's own."""
+        sums = {}
+        for prefix, windows in (("", self.fitted), ("own-", self.own)):
+            if windows is not None:
+                measure = partial(self._sums, point, writer, kinds, windows)
+                found = self.context.measured(f"{prefix}compensation-{number}", measure)
+                sums |= {f"{prefix}{name}": each for name, each in found.items()}
         if not all(bool(torch.isfinite(each).all()) for each in sums.values()):
             raise NonFiniteError("NaN or infinity in the hidden states. Load the model in another dtype.")
-        name = f"{point.before.block}.{writer.module}"
-        tried = []
-        for kind in kinds:
-            found = {part: sums[f"{kind}-{part}"] for part in ("moments", "missing", "still")}
-            fold = writer.fold(point.before.block, kind, name)
-            tried += [(kind, strength, fold, solved(found, kind, strength)) for strength in STRENGTHS]
-        losses = self._judged(number, point, [([fold], {name: tensor}) for _, _, fold, tensor in tried])
-        best = min(range(len(tried)), key=losses.__getitem__)
-        if not losses[best] < reached:
-            return {"kind": "none", "module": writer.module, "tried": losses}
-        kind, strength, fold, tensor = tried[best]
-        self.entries.append(fold)
-        self.tensors[name] = tensor
-        return {"kind": kind, "module": writer.module, "strength": strength, "kl": losses[best], "tried": losses}
+        return sums
 
-    def _sums(self, point: CutPoint, writer: Writer, kinds: Sequence[str], size: int) -> dict[str, Tensor]:
+    def _sums(
+        self, point: CutPoint, writer: Writer, kinds: Sequence[str], windows: CalibrationWindows, size: int
+    ) -> dict[str, Tensor]:
         """a'a and a'(z - x) over this process's tokens, for factors y'y and y'(z - x), in fp64."""
         module = self.runner.stack.blocks[point.before.block].get_submodule(writer.module)
         found: dict[str, Tensor] = {}
         folds = Prepared(self.runner.stack.blocks, self.entries, self.tensors)
-        for _, batch in self.context.batches(size, self.fitted):
+        for _, batch in self.context.batches(size, windows):
             tokens = Tokens.of(self.runner.positions(batch))
             seen: list[tuple[Tensor, Tensor]] = []
             with folds.on(), hooks() as hook:
@@ -256,9 +296,9 @@ class _Compensation:
                 states = seen[-1][0 if kind == CHANGE else 1]
                 y = tokens.fitted(states).to(z.device) * writer.factor * weights
                 still = tokens.first(states, weights) * writer.factor
-                for name, product in (("moments", y.T @ y), ("missing", y.T @ missing), ("still", still.T @ still)):
-                    total = found.setdefault(f"{kind}-{name}", fp64_zeros(product, *product.shape))
-                    total += product.to(total.device).double()
+                for name, part in (("moments", y.T @ y), ("missing", y.T @ missing), ("still", still.T @ still)):
+                    total = found.setdefault(f"{kind}-{name}", fp64_zeros(part, *part.shape))
+                    total += part.to(total.device).double()
         return {name: total.cpu() for name, total in found.items()}
 
     def _wanted(self, batch: Batch, after: Half | None) -> Tensor:
@@ -269,9 +309,7 @@ class _Compensation:
             return hidden_of(self.runner.run_to(batch, after.block, [after]).value)
         return hidden_of(self.runner.run_to(batch, after.block - 1).value)
 
-    def _judged(
-        self, number: int, point: CutPoint | None, tried: Sequence[tuple[list[Fold], dict[str, Tensor]]]
-    ) -> list[float]:
+    def _judged(self, name: str, tried: Sequence[tuple[list[Fold], dict[str, Tensor]]]) -> list[float]:
         """The KL divergence of each choice of maps on the windows that judge, nats per token."""
         blocks = self.runner.stack.blocks
         prepared = [
@@ -287,7 +325,7 @@ class _Compensation:
                         sums[place] += head_losses(self.runner, batch, last).sum().cpu()
             return {"losses": sums}
 
-        found = self.context.measured(f"compensation-{number}-judged", measure)["losses"]
+        found = self.context.measured(f"compensation-{name}-judged", measure)["losses"]
         tokens = _predictions(self.judges)
         means = [loss / tokens for loss in found.tolist()]
         return [mean if math.isfinite(mean) else math.inf for mean in means]

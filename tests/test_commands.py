@@ -96,6 +96,7 @@ def test_every_field_has_a_flag_that_reads_its_type(name) -> None:
         "protect_first": 1,
         "protect_last": 2,
         "compensation": "ridge",
+        "generated_samples": 7,
         "layout": "padded",
         "align": 16,
         "held_out_dataset": "wikitext2",

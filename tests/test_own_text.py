@@ -14,9 +14,11 @@ from toys import assert_same_weights, assert_unchanged, config, snapshot, toy_pr
 from transformers import AutoModelForCausalLM
 from zoo import other_stacks
 
-from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan, compensating
+from optimum_blockprune import BlockPruner, BlockPruningConfig, compensating
 from optimum_blockprune.batches import CalibrationWindows
+from optimum_blockprune.compensating import SHARES
 from optimum_blockprune.errors import ConfigurationError
+from optimum_blockprune.fitting import STRENGTHS
 from optimum_blockprune.generation import ends_of
 from optimum_blockprune.own_text import Prompts, _Drawn, prompts_of, with_own_text, written_alone
 
@@ -104,6 +106,24 @@ def wide_pruner(**fields: Any) -> BlockPruner:
     return BlockPruner(wide("llama"), given, word_tokenizer())
 
 
+@pytest.mark.parametrize("compensation", ["ridge", "scale"])
+def test_at_full_weight_it_is_text_like_any_other(compensation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensating, "SHARES", (1.0,))
+    ours = wide_pruner(compensation=compensation, generated_samples=10).make_plan()
+    part = compensating.fitting_part
+
+    def joined(all_windows: CalibrationWindows, share: int) -> tuple[CalibrationWindows, CalibrationWindows]:
+        given, judges = part(all_windows, share)
+        model = wide("llama")
+        return with_own_text(given, written_alone(model, prompts_of(model, given, 10, seed=0), 2)), judges
+
+    monkeypatch.setattr(compensating, "fitting_part", joined)
+    theirs = wide_pruner(compensation=compensation).make_plan()
+    assert theirs.details["compensation"]["windows"] == 17
+    [(name, tensor)] = ours.folds.tensors().items()
+    torch.testing.assert_close(tensor, theirs.folds.tensors()[name], rtol=1e-3, atol=1e-5)
+
+
 def test_maps_are_fitted_on_it_and_judged_on_given_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, pruner = wide_pruner().make_plan(), wide_pruner(generated_samples=10)
     before, seen = snapshot(pruner.model), []
@@ -118,9 +138,14 @@ def test_maps_are_fitted_on_it_and_judged_on_given_text(tmp_path: Path, monkeypa
     assert_unchanged(pruner.model, before)
     assert seen == [(0, 10, 24)]
     fitted, before = plan.details["compensation"], plain.details["compensation"]
-    assert (fitted["windows"], fitted["judges"], fitted["generated_samples"]) == (17, 1, 10)
-    assert (before["windows"], before["judges"]) == (7, 1) and "generated_samples" not in before
-    assert fitted["kl_before"] == before["kl_before"] and fitted["kl_after"] != before["kl_after"]
+    assert fitted["generated_samples"] == fitted["own_windows"] == 10
+    assert not {"generated_samples", "own_windows"} & before.keys()
+    for name in ("windows", "judges", "kl_before"):
+        assert fitted[name] == before[name], name
+    # What the given text alone gives is among what is tried: the judge can only win.
+    [cut], [old] = fitted["cuts"], before["cuts"]
+    assert cut["tried"][: len(STRENGTHS)] == old["tried"] and len(cut["tried"]) == len(SHARES) * len(STRENGTHS)
+    assert cut["kl"] == min(cut["tried"]) <= old["kl"] and cut["own_share"] in SHARES
     assert plan.calibration == plain.calibration
     # The same again, in memory and as a folder.
     model = pruner.prune(tmp_path / "pruned")
@@ -146,13 +171,13 @@ def test_what_was_written_is_kept_for_a_run_that_goes_on(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compensating, "with_own_text", stop)
+        patch.setattr(compensating._Compensation, "_all_sums", stop)
         with pytest.raises(KeyboardInterrupt):
             wide_pruner(generated_samples=6).make_plan(resume_dir=tmp_path / "kept")
     monkeypatch.setattr(Prompts, "written", stop)
     pruner = wide_pruner(generated_samples=6)
     assert pruner.make_plan(resume_dir=tmp_path / "kept").folds.digest == whole.folds.digest
-    assert pruner.report.reused_measurements == 1
+    assert pruner.report.reused_measurements == 2  # the text, and what its judges say without maps
 
 
 def test_encoders_are_compensated_without_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -160,7 +185,7 @@ def test_encoders_are_compensated_without_it(caplog: pytest.LogCaptureFixture) -
     tokenizer.add_special_tokens({"mask_token": "w9"})
     given = config("shortgpt", num_blocks=1, compensation="scale", generated_samples=4)
     plan = BlockPruner(model, given, tokenizer).make_plan()
-    assert plan.details["compensation"]["windows"] == 3
+    assert plan.details["compensation"]["windows"] == 3 and "own_windows" not in plan.details["compensation"]
     assert "generated_samples=4 has no effect" in caplog.text
 
 
@@ -195,8 +220,3 @@ def test_healing_trains_on_it(tmp_path: Path) -> None:
 def test_the_next_token_is_not_learned_from_it() -> None:
     with pytest.raises(ConfigurationError, match="it needs method='distill'"):
         pruned_toy().heal(cycles(), "lora", generated_samples=2)
-
-
-def test_plans_know_it(tmp_path: Path) -> None:
-    plan = wide_pruner(generated_samples=2).make_plan()
-    assert PruningPlan.from_file(plan.save(tmp_path / "plan.json")) == plan

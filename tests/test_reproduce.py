@@ -44,6 +44,8 @@ def made_with(given: BlockPruningConfig, **changed: Any) -> PruningPlan:
         recipe.dataset, str(recipe.dataset)
     )
     calibration = {"source": source, "seqlen": min(recipe.seqlen, 512), "recipe": recipe.calibration_recipe}
+    own = {"generated_samples": recipe.generated_samples} if recipe.generated_samples else {}
+    fitted = {"asked": recipe.compensation, **own}
     known = {
         "strategy": recipe.strategy,
         "requested": recipe.requested,
@@ -55,7 +57,7 @@ def made_with(given: BlockPruningConfig, **changed: Any) -> PruningPlan:
         "details": {
             **({"unit": recipe.unit} if recipe.unit == "half_block" else {}),
             **({"objective": recipe.objective} if recipe.objective else {}),
-            **({"compensation": {"asked": recipe.compensation}} if recipe.compensation != "none" else {}),
+            **({"compensation": fitted} if recipe.compensation != "none" else {}),
         },
     }
     return PruningPlan.from_removed("llama", 6, [4, 1], **{**known, **changed})
@@ -89,6 +91,7 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "protect_first": [{"protect_first": 0}, {"protect_first": 2}],
     "protect_last": [{"protect_last": 0}],
     "compensation": [{"compensation": "ridge"}, {"compensation": "auto"}],
+    "generated_samples": [{"compensation": "ridge", "generated_samples": 5}],
     "layout": [{"strategy": "magnitude", "layout": "padded"}],
     "align": [{"strategy": "magnitude", "align": 16}],
     "strategy_options": [
