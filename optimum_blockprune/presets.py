@@ -37,7 +37,7 @@ def spelt_out(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lacking(num_samples: Any, seqlen: Any) -> int | None:
-    """Windows that are to be written beside those that are given; what is no number is refused elsewhere."""
+    """Windows that are to be written beside those that are given, if any; what is no number is refused elsewhere."""
     if not all(isinstance(value, int) and value > 0 for value in (num_samples, seqlen)):
         return None
-    return max(0, min(_MOST_WRITTEN * num_samples, -(-_ENOUGH // seqlen) - num_samples))
+    return max(0, min(_MOST_WRITTEN * num_samples, -(-_ENOUGH // seqlen) - num_samples)) or None

@@ -24,24 +24,24 @@ from optimum_blockprune.presets import spelt_out
 def test_auto_is_search_with_ridge_unless_another_is_named(fields: dict[str, Any], compensation: str) -> None:
     config = BlockPruningConfig("auto", dataset="wikitext2", **fields)
     assert (config.strategy, config.compensation) == ("search", compensation)
-    spelt = {**fields, "compensation": compensation, "generated_samples": 0}
+    spelt = {**fields, "compensation": compensation}
     assert config == BlockPruningConfig("search", dataset="wikitext2", **spelt)
 
 
 @pytest.mark.parametrize(
     ("fields", "written"),
     [
-        ({}, 0),
+        ({}, None),
         ({"num_samples": 8, "seqlen": 256}, 24),
         ({"num_samples": 32, "seqlen": 256}, 96),
         ({"num_samples": 100, "seqlen": 256}, 28),
-        ({"num_samples": 16}, 0),
+        ({"num_samples": 16}, None),
         ({"num_samples": 32, "seqlen": 256, "generated_samples": 0}, 0),
         ({"num_samples": 128, "seqlen": 2048, "generated_samples": 5}, 5),
     ],
     ids=str,
 )
-def test_auto_fills_up_little_text(fields: dict[str, int], written: int) -> None:
+def test_auto_fills_up_little_text(fields: dict[str, int], written: int | None) -> None:
     assert BlockPruningConfig("auto", **fields).generated_samples == written
     assert BlockPruningConfig("search", **{"compensation": "ridge", **fields}).generated_samples == fields.get(
         "generated_samples"
