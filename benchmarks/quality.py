@@ -192,7 +192,9 @@ class _Bench:
 
     def _written(self) -> int:
         """Windows that the dense model writes."""
-        return BlockPruningConfig("auto", num_samples=self.args.windows, seqlen=self.args.seqlen).generated_samples
+        return (
+            BlockPruningConfig("auto", num_samples=self.args.windows, seqlen=self.args.seqlen).generated_samples or 0
+        )
 
     def _compensated(self, plan: PruningPlan, compensation: str, seed: int, written: int) -> PruningPlan:
         """The same blocks, with maps fitted on the tokens that they were chosen on."""

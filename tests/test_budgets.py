@@ -562,7 +562,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl": {"max_kl": 0.145, "num_samples": 3},
     "one-pass": {"max_kl": 0.09, "strategy": "shortgpt", "num_samples": 3},
     "increase": {"max_ppl_increase": 0.05, "num_samples": 3},
-    "maps": {"max_kl": 0.16, "num_samples": 4, "compensation": "ridge", "generated_samples": 5},
+    "maps": {"max_kl": 0.16, "num_samples": 4, "compensation": "ridge", "generated_samples": 40},
     "speed": {"target_speedup": 8 / 6},
 }
 
