@@ -13,8 +13,9 @@ behind the projection takes a factor for each channel, fitted to what it writes.
 the inputs that the pruned model has by then, so that a cut also makes up for what those before it left over.
 
 Ours: the weighting (a norm reads every token at its own scale), the shrinkage towards the weight that is there, the
-first token of a window, which D is to leave alone (see `fitting`), and the judge: some windows take no part in the
-regression, and a map is kept only if the KL divergence between the dense and the pruned model falls on them.
+first token of a window, which D is to leave alone (see `fitting`), text of the model's own (see `own_text`), and the
+judge: some windows take no part in the regression, and a map is kept only if the KL divergence between the dense and
+the pruned model falls on them. They also tell what strength of shrinkage and what weight of own text are best.
 """
 
 from __future__ import annotations
