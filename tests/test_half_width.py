@@ -229,7 +229,7 @@ def narrower(layout: str) -> Callable[[PreTrainedModel], PruningPlan]:
     return lambda model: BlockPruner(model, width(layout=layout)).make_plan()
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("layout", often(["uniform", "per_layer"], kept=lambda layout: layout == "uniform"))
 @pytest.mark.parametrize(
     ("family", "kind"),
     [*((family, kind) for family in ("llama", "gpt2") for kind in KINDS), ("gemma2", "diagonal")],

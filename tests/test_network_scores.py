@@ -17,6 +17,7 @@ import pytest
 import torch
 from contexts import context_of
 from families import block_list, random_ids, tiny_model
+from tiers import often
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -148,7 +149,7 @@ def live_values(others: set[int]) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("most", [4096, 40])
+@pytest.mark.parametrize("most", often([4096, 40], kept=lambda most: most == 40))
 def test_memory_is_bounded_by_one_layers_signals(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Residual streams of all windows, the signals of one block and one group, and a score per unit: no more."""
     model = tiny_model("llama")
