@@ -102,9 +102,12 @@ def written_alone(model: PreTrainedModel, prompts: Prompts, batch_size: int) -> 
 
     def write(size: int) -> Tensor:
         rows: list[Tensor] = []
+        # Not the bar's own number: a bar that is switched off does not count.
+        first = 0
         with tqdm(total=len(prompts.seeds), desc="Writing text", leave=False) as bar:
             for batch in prompts.windows.batches(size):
-                rows.append(prompts.written(model, bar.n, batch.input_ids))
+                rows.append(prompts.written(model, first, batch.input_ids))
+                first += len(batch.input_ids)
                 bar.update(len(batch.input_ids))
         return torch.cat(rows)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from toys import assert_same_weights, assert_unchanged, config, snapshot, toy_pr
 from transformers import AutoModelForCausalLM
 from zoo import other_stacks
 
-from optimum_blockprune import BlockPruner, BlockPruningConfig, compensating
+from optimum_blockprune import BlockPruner, BlockPruningConfig, compensating, own_text
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.compensating import SHARES
 from optimum_blockprune.errors import ConfigurationError
 from optimum_blockprune.fitting import STRENGTHS
 from optimum_blockprune.generation import ends_of
-from optimum_blockprune.own_text import Prompts, _Drawn, prompts_of, with_own_text, written_alone
+from optimum_blockprune.own_text import SIDE_BY_SIDE, Prompts, _Drawn, prompts_of, with_own_text, written_alone
 
 
 def windows(rows: int = 3, length: int = 24, mask: torch.Tensor | None = None) -> CalibrationWindows:
@@ -70,6 +71,14 @@ def test_a_seed_decides_and_a_batch_does_not() -> None:
         written_alone(model, prompts_of(model, given, 7, seed), size) for seed, size in ((0, 4), (0, 1), (1, 4))
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_bar_that_is_switched_off_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = tiny_model("llama"), windows()
+    prompts = prompts_of(model, given, 2 * SIDE_BY_SIDE + 3, seed=0)
+    shown = written_alone(model, prompts, batch_size=1)
+    monkeypatch.setattr(own_text, "tqdm", partial(own_text.tqdm, disable=True))
+    assert torch.equal(written_alone(model, prompts, batch_size=1), shown)
 
 
 def test_padding_is_not_continued() -> None:
