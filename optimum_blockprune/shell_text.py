@@ -42,8 +42,10 @@ def healed(report: PruningReport, output: str) -> str:
     entry = report.healing[-1]
     change = f"{entry['perplexity_before']:.2f} -> {entry['perplexity_after']:.2f}"
     fate = "" if entry["kept"] else "; it did not help, so the weights are those from before"
+    own = " and of the dense model's own text" if (entry.get("settings") or {}).get("generated_samples") else ""
+    text = f"{entry['source']}{own}"
     return (
-        f"{output}: {entry['steps']} steps of {entry['method']} on {entry['tokens']:,} tokens of {entry['source']}\n"
+        f"{output}: {entry['steps']} steps of {entry['method']} on {entry['tokens']:,} tokens of {text}\n"
         f"perplexity on {entry['held_out_windows']} held-out windows: {change}{fate}"
     )
 
