@@ -38,7 +38,8 @@ TASKS = ("arc_easy/rc_0shot", "piqa/rc_0shot", "openbookqa/rc_0shot", "sciq/rc_0
 LAMBADA = "lambada/bpb_0shot"
 # Of a few settings, what was best on the windows that healing holds out.
 HEALING = {"method": "distill", "steps": 32, "learning_rate": 4e-3}
-HEALED = ("distill", "ridge+distill", "ridge+own+distill")
+HEALED = tuple(f"{each}distill" for each in ("", "ridge+", "ridge+own+", "reconstruct+own+"))
+FITTED = ("scale", "ridge", "auto", "reconstruct", "ridge+own", "reconstruct+own")
 # In step with the text.
 _OWN_STEPS = 3
 _HALF = {"unit": "half_block"}
@@ -320,7 +321,7 @@ def _arguments() -> argparse.Namespace:
         "--compensations",
         nargs="+",
         default=["none", "ridge"],
-        choices=["none", "scale", "ridge", "auto", "ridge+own", *HEALED],
+        choices=["none", *FITTED, *HEALED],
     )
     parser.add_argument("--counts", nargs="+", type=int, default=[3, 5, 7], help="numbers of blocks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -18,7 +18,7 @@ from .inputs import vocabulary_of
 from .losses import Head, prediction_losses
 from .passes import prove
 from .runner import BlockOutput, BlockRunner
-from .stand_ins import map_tensors
+from .stand_ins import bytes_of
 
 
 # Our choice: what the hidden states that stay valid between two steps may take.
@@ -150,7 +150,7 @@ class _Held:
         """Forgets the outputs of block `first` and of all behind it."""
         for states in self._batches.values():
             for block in [block for block in states if block >= first]:
-                self._bytes -= _bytes_of(states.pop(block))
+                self._bytes -= bytes_of(states.pop(block).value)
 
     def turn_to(self, place: tuple[int, int]) -> None:
         """Turns to a batch of the step; all steps see the same ones."""
@@ -163,13 +163,7 @@ class _Held:
 
     def keep(self, state: BlockOutput) -> None:
         """Holds a state if there is room for it."""
-        size = _bytes_of(state)
+        size = bytes_of(state.value)
         if self._bytes + size <= _HELD_BYTES:
             self._bytes += size
             self._here[state.block] = state
-
-
-def _bytes_of(state: BlockOutput) -> int:
-    sizes: list[int] = []
-    map_tensors(state.value, lambda tensor: sizes.append(tensor.nbytes) or tensor)
-    return sum(sizes)

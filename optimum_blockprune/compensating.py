@@ -12,16 +12,21 @@ shrunk towards zero. What it reads has more channels, and says more.) No tensor 
 behind the projection takes a factor for each channel, fitted to what it writes. Cuts are taken from front to back, on
 the inputs that the pruned model has by then, so that a cut also makes up for what those before it left over.
 
+`"reconstruct"` goes on behind a cut: what is left over there, the weights of the half-blocks that follow make up for,
+one after the other and in the same way, each with the stream of the dense model behind it as z. (Layer by layer on the
+inputs of the changed model: GPFQ, arXiv 2201.11113, for quantised weights.)
+
 Ours: the weighting (a norm reads every token at its own scale), the shrinkage towards the weight that is there, the
 first token of a window, which D is to leave alone (see `fitting`), text of the model's own (see `own_text`), and the
 judge: some windows take no part in the regression, and a map is kept only if the KL divergence between the dense and
-the pruned model falls on them. They also tell what strength of shrinkage and what weight of own text are best.
+the pruned model falls on them. They also tell what strength of shrinkage and what weight of own text are best. Behind
+a cut, fewer strengths are tried, own text weighs what it weighs at the cut, and what changes little is left alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -37,56 +42,32 @@ from .errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from .fitting import STRENGTHS, Tokens, fitting_part, solved, weights_of
 from .folding import Prepared
 from .folds import CHANGE, DIAGONAL, MATRIX, Fold, Folds, digest_of
-from .half import MLP, PARTS, Half, Unit, halves_of, single_halves
-from .halves import half_off
+from .half import MLP, Half, Unit
+from .last_states import LastStates
 from .losses import predicted
 from .measures import fp64_zeros
 from .own_text import SIDE_BY_SIDE, prompts_of
 from .plan import PruningPlan
+from .points import Point, block_before, cut_points, points_from, writer_before
 from .recipe import Recipe
-from .runner import BlockRunner
-from .stand_ins import hidden_of, hooks, incoming_hidden
+from .runner import BlockOutput, BlockRunner
+from .stand_ins import hidden_of, hooks
 from .strategies.base import SearchContext
 from .streaming import lies_elsewhere
 from .teacher import with_teacher
-from .writers import Writer, find_writer
+from .writers import Writer
 
 
 logger = logging.get_logger("optimum.blockprune.compensating")
 
-NONE, SCALE, RIDGE, AUTO = "none", "scale", "ridge", "auto"
-_KINDS = {SCALE: (DIAGONAL,), RIDGE: (CHANGE,), AUTO: (DIAGONAL, CHANGE)}
+NONE, SCALE, RIDGE, AUTO, RECONSTRUCT = "none", "scale", "ridge", "auto", "reconstruct"
+_KINDS = {SCALE: (DIAGONAL,), RIDGE: (CHANGE,), AUTO: (DIAGONAL, CHANGE), RECONSTRUCT: (CHANGE,)}
 # What a token of the model's own text weighs beside one of the given text; tried at every cut, our choice.
 SHARES = (0.0, 0.1, 0.3, 1.0)
+# Tried behind a cut, and by what share the divergence must fall there: a map is a weight to store. Our choice.
+BEHIND, _WORTH = (0.03, 0.3, 3.0), 1e-3
 # One window in so many judges.
 _JUDGES = 8
-
-
-@dataclass(frozen=True)
-class CutPoint:
-    """Where something is gone.
-
-    Attributes:
-        before: The last kept half in front of it.
-        after: The first kept half behind it; `None` at the end of the stack.
-    """
-
-    before: Half
-    after: Half | None
-
-
-def cut_points(plan: PruningPlan) -> list[CutPoint]:
-    """All cuts of a plan, front to back; what goes before the first kept half leaves nothing to put a map into."""
-    gone = halves_of(plan.removed_units)
-    halves = [Half(block, part) for block in range(plan.num_blocks) for part in PARTS]
-    kept = [half for half in halves if half not in gone]
-    pairs = zip(kept, [*kept[1:], None], strict=True)
-    places = len(halves)
-    return [
-        CutPoint(before, after)
-        for before, after in pairs
-        if before.place + 1 != (places if after is None else after.place)
-    ]
 
 
 def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, recipe: Recipe) -> None:
@@ -116,41 +97,16 @@ def compensated(context: SearchContext, plan: PruningPlan, compensation: str) ->
     Args:
         context: Of the search that made the plan; the dense model, which is not changed, and the windows.
         plan: What is removed.
-        compensation: `"scale"` (one factor per channel), `"ridge"` (any change of the weight), or `"auto"`, the better
-            one at each cut.
+        compensation: `"scale"` (one factor per channel), `"ridge"` (any change of the weight), `"auto"` (the better
+            one at each cut), or `"reconstruct"` (ridge there and in every half-block behind).
 
     Raises:
         NonFiniteError: Statistics are NaN or infinite.
     """
-    plan = _Compensation(context, plan, _KINDS[compensation]).plan()
+    plan = _Compensation(context, plan, compensation).plan()
     own = {"generated_samples": context.generated_samples} if context.generated_samples else {}
     details = {"asked": compensation, **own, **plan.details["compensation"]}
     return replace(plan, details={**plan.details, "compensation": details})
-
-
-def writer_before(runner: BlockRunner, before: Half, off: Collection[Unit]) -> Writer | None:
-    """What writes to the stream in front of a cut.
-
-    Args:
-        runner: Runs the dense model.
-        before: The last kept half in front of the cut.
-        off: What is gone; the block is looked at as far as it is left.
-    """
-    number, block = before.block, runner.stack.blocks[before.block]
-    args, kwargs = runner.arguments_of(number)
-    part = single_halves(off).get(number)
-    hidden = incoming_hidden(args, kwargs)
-
-    def run() -> Tensor:
-        # Blocks may write into what they are given.
-        given = hidden.clone()
-        taken, named = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
-        if part is None:
-            return hidden_of(block(*taken, **named))
-        with half_off(block, runner.halves.of(number), part):
-            return hidden_of(block(*taken, **named))
-
-    return find_writer(block, run)
 
 
 def _own_text(context: SearchContext, windows: CalibrationWindows) -> CalibrationWindows | None:
@@ -195,29 +151,34 @@ class _Tried:
 
 
 class _Compensation:
-    def __init__(self, context: SearchContext, plan: PruningPlan, kinds: Sequence[str]) -> None:
-        self.context, self.runner, self._plan, self.kinds = context, context.runner, plan, kinds
+    def __init__(self, context: SearchContext, plan: PruningPlan, compensation: str) -> None:
+        self.context, self.runner, self._plan, self.kinds = context, context.runner, plan, _KINDS[compensation]
+        self.points = points_from(plan, self.runner) if compensation == RECONSTRUCT else cut_points(plan)
         self.off: list[Unit] = list(plan.removed_units)
         self.fitted, judges = fitting_part(context.require_windows(), _JUDGES)
         self.own = _own_text(context, self.fitted)
         self.judges = with_teacher(self.runner, judges, context.batch_size)
+        self.share: float | None = None if self.own is not None else 0.0
         self.entries: list[Fold] = []
         self.tensors: dict[str, Tensor] = {}
+        self._dense, self._pruned = LastStates(self.runner), LastStates(self.runner)
 
     def plan(self) -> PruningPlan:
-        points = cut_points(self._plan)
         steps: list[dict[str, Any]] = []
-        first = self._judged("0", [([], {})])[0]
+        first = self._judged("0", None, [([], {})])[0]
         reached = first
-        with self.context.progress(len(points), "Compensation") as bar:
-            for number, point in enumerate(points, 1):
+        with self.context.progress(len(self.points), "Compensation") as bar:
+            for number, point in enumerate(self.points, 1):
                 step = {"after": str(point.before), **self._step(number, point, reached)}
                 reached = step.get("kl", reached)
                 steps.append(step)
                 bar.update()
+        cuts, behind = (
+            [step for step, p in zip(steps, self.points, strict=True) if p.cut is cut] for cut in (True, False)
+        )
         logger.info(
             f"Compensation: KL {first:.4f} -> {reached:.4f} nats per token on {self.judges.num_windows} windows that "
-            f"judge ({len(self.entries)} of {len(points)} cuts)."
+            f"judge ({len(self.entries)} of {len(self.points)} places)."
         )
         details = {
             "kl_before": first,
@@ -225,7 +186,8 @@ class _Compensation:
             "windows": self.fitted.num_windows,
             **({} if self.own is None else {"own_windows": self.own.num_windows}),
             "judges": self.judges.num_windows,
-            "cuts": steps,
+            "cuts": cuts,
+            **({"behind": behind} if behind else {}),
         }
         return replace(
             self._plan,
@@ -233,40 +195,47 @@ class _Compensation:
             details={**self._plan.details, "compensation": details},
         )
 
-    def _step(self, number: int, point: CutPoint, reached: float) -> dict[str, Any]:
-        """Fits and judges the maps of one cut; keeps the best if it is better than none."""
-        writer = writer_before(self.runner, point.before, self.off)
-        if writer is None:
-            logger.info(f"No weight in front of the cut behind {point.before} can take a map; left as it is.")
+    def _step(self, number: int, point: Point, reached: float) -> dict[str, Any]:
+        """Fits and judges the maps of one place; keeps the best if it is better than none."""
+        writer = writer_before(self.runner, point.before, point.off(self.off))
+        name = f"{point.before.block}.{writer.module}" if writer is not None else ""
+        if writer is None or name in self.tensors:
+            logger.info(f"No weight of {point.before} can take a map; left as it is.")
             return {"kind": "none", "reason": "no module writes to the stream alone"}
         kinds = self.kinds if writer.kind == MATRIX else (DIAGONAL,)
-        sums = self._all_sums(number, point, writer, kinds)
-        name = f"{point.before.block}.{writer.module}"
+        shares = SHARES if self.share is None or (point.cut and self.own is not None) else (self.share,)
+        strengths = STRENGTHS if point.cut else BEHIND
+        sums = self._all_sums(number, point, writer, kinds, own=any(shares))
         best: _Tried | None = None
+        wanted = reached * (1 if point.cut else 1 - _WORTH)
         tried: list[float] = []
         # Not all at once: each of them has a weight of its own while it is judged.
-        for kind, share in product(kinds, SHARES if self.own is not None else (0.0,)):
+        for kind, share in product(kinds, shares):
             fold, found = writer.fold(point.before.block, kind, name), _together(sums, kind, share)
-            tensors = [solved(found, kind, strength) for strength in STRENGTHS]
-            losses = self._judged(f"{number}-{kind}-{share}", [([fold], {name: tensor}) for tensor in tensors])
+            tensors = [solved(found, kind, strength) for strength in strengths]
+            maps = [([fold], {name: tensor}) for tensor in tensors]
+            losses = self._judged(f"{number}-{kind}-{share}", point, maps)
             tried += losses
-            for strength, tensor, loss in zip(STRENGTHS, tensors, losses, strict=True):
-                if loss < (reached if best is None else best.loss):
+            for strength, tensor, loss in zip(strengths, tensors, losses, strict=True):
+                if loss < (wanted if best is None else best.loss):
                     best = _Tried(fold, share, strength, tensor, loss)
         if best is None:
             return {"kind": "none", "module": writer.module, "tried": tried}
+        self.share = best.share
         self.entries.append(best.fold)
         self.tensors[name] = best.tensor
         own = {} if self.own is None else {"own_share": best.share}
         chosen = {"kind": best.fold.kind, "module": writer.module, **own, "strength": best.strength, "kl": best.loss}
         return {**chosen, "tried": tried}
 
-    def _all_sums(self, number: int, point: CutPoint, writer: Writer, kinds: Sequence[str]) -> dict[str, Tensor]:
+    def _all_sums(
+        self, number: int, point: Point, writer: Writer, kinds: Sequence[str], *, own: bool
+    ) -> dict[str, Tensor]:
         """What `_sums` gives of the given windows, and, with `own-` in front of the names, of the model's own."""
         sums = {}
-        for prefix, windows in (("", self.fitted), ("own-", self.own)):
+        for prefix, windows in (("", self.fitted), ("own-", self.own if own else None)):
             if windows is not None:
-                measure = partial(self._sums, point, writer, kinds, windows)
+                measure = partial(self._sums, point, writer, kinds, prefix, windows)
                 found = self.context.measured(f"{prefix}compensation-{number}", measure)
                 sums |= {f"{prefix}{name}": each for name, each in found.items()}
         if not all(bool(torch.isfinite(each).all()) for each in sums.values()):
@@ -274,23 +243,32 @@ class _Compensation:
         return sums
 
     def _sums(
-        self, point: CutPoint, writer: Writer, kinds: Sequence[str], windows: CalibrationWindows, size: int
+        self,
+        point: Point,
+        writer: Writer,
+        kinds: Sequence[str],
+        prefix: str,
+        windows: CalibrationWindows,
+        size: int,
     ) -> dict[str, Tensor]:
         """a'a and a'(z - x) over this process's tokens, for factors y'y and y'(z - x), in fp64."""
         module = self.runner.stack.blocks[point.before.block].get_submodule(writer.module)
         found: dict[str, Tensor] = {}
         folds = Prepared(self.runner.stack.blocks, self.entries, self.tensors)
-        for _, batch in self.context.batches(size, windows):
+        for start, batch in self.context.batches(size, windows):
+            key = (prefix, start, len(batch.input_ids))
             tokens = Tokens.of(self.runner.positions(batch))
             seen: list[tuple[Tensor, Tensor]] = []
-            with folds.on(), hooks() as hook:
-                hook(
-                    module.register_forward_hook(
-                        lambda _module, args, output, seen=seen: seen.append((args[0], output))
+            with folds.on():
+                state = self._in_front(key, batch, point)
+                with hooks() as hook:
+                    hook(
+                        module.register_forward_hook(
+                            lambda _module, args, output, seen=seen: seen.append((args[0], output))
+                        )
                     )
-                )
-                pruned = self.runner.run_to(batch, point.before.block, self.off)
-            z = tokens.fitted(self._wanted(batch, point.after))
+                    pruned = self.runner.run_to(batch, point.before.block, point.off(self.off), state)
+            z = tokens.fitted(self._wanted(key, batch, point.after))
             weights = weights_of(z)
             missing = (z - tokens.fitted(hidden_of(pruned.value)).to(z.device)) * weights
             for kind in kinds:
@@ -302,28 +280,36 @@ class _Compensation:
                     total += part.to(total.device).double()
         return {name: total.cpu() for name, total in found.items()}
 
-    def _wanted(self, batch: Batch, after: Half | None) -> Tensor:
-        """The stream of the dense model where the next kept half begins."""
-        if after is None:
-            return hidden_of(self.runner.run_to(batch, self.runner.num_blocks - 1).value)
-        if after.part == MLP:
-            return hidden_of(self.runner.run_to(batch, after.block, [after]).value)
-        return hidden_of(self.runner.run_to(batch, after.block - 1).value)
+    def _in_front(self, key: Hashable, batch: Batch, point: Point) -> BlockOutput | None:
+        """The state of the pruned model in front of the block of a place, with the maps that are on."""
+        return self._pruned.at(key, batch, block_before(point.before.block, self.off), self.off)
 
-    def _judged(self, name: str, tried: Sequence[tuple[list[Fold], dict[str, Tensor]]]) -> list[float]:
-        """The KL divergence of each choice of maps on the windows that judge, nats per token."""
+    def _wanted(self, key: Hashable, batch: Batch, after: Half | None) -> Tensor:
+        """The stream of the dense model where the next kept half begins."""
+        last = (self.runner.num_blocks if after is None else after.block) - 1
+        state = self._dense.at(key, batch, last if last >= 0 else None)
+        if after is not None and after.part == MLP:
+            return hidden_of(self.runner.run_to(batch, after.block, [after], state).value)
+        return hidden_of((state or self.runner.run_to(batch, last)).value)
+
+    def _judged(
+        self, name: str, point: Point | None, tried: Sequence[tuple[list[Fold], dict[str, Tensor]]]
+    ) -> list[float]:
+        """The KL divergence of each choice of maps for a place on the windows that judge, nats per token."""
         blocks = self.runner.stack.blocks
-        prepared = [
-            Prepared(blocks, [*self.entries, *entries], {**self.tensors, **tensors}) for entries, tensors in tried
-        ]
+        before = Prepared(blocks, self.entries, self.tensors)
+        prepared = [Prepared(blocks, entries, tensors) for entries, tensors in tried]
 
         def measure(size: int) -> dict[str, Tensor]:
             sums = torch.zeros(len(tried), dtype=torch.float64)
-            for _, batch in self.context.batches(size, self.judges):
-                for place, folds in enumerate(prepared):
-                    with folds.on():
-                        last = self.runner.run_to(batch, self.runner.last_block(self.off), self.off)
-                        sums[place] += head_losses(self.runner, batch, last).sum().cpu()
+            for start, batch in self.context.batches(size, self.judges):
+                with before.on():
+                    key = ("judges", start, len(batch.input_ids))
+                    state = None if point is None else self._in_front(key, batch, point)
+                    for place, folds in enumerate(prepared):
+                        with folds.on():
+                            last = self.runner.run_to(batch, self.runner.last_block(self.off), self.off, state)
+                            sums[place] += head_losses(self.runner, batch, last).sum().cpu()
             return {"losses": sums}
 
         found = self.context.measured(f"compensation-{name}-judged", measure)["losses"]

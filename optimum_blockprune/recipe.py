@@ -31,7 +31,7 @@ DEFAULT_SPARSITY = 0.2
 BUDGET_FIELDS = ("sparsity", "num_blocks", "target_params", "target_size_gb", *OPEN_BUDGETS)
 CALIBRATION_RECIPES = ("windows", "sleb")
 OBJECTIVES = ("nll", "kl", "task")
-COMPENSATIONS = ("none", "scale", "ridge", "auto")
+COMPENSATIONS = ("none", "scale", "ridge", "auto", "reconstruct")
 _CHOICES = {
     "objective": OBJECTIVES,
     "compensation": COMPENSATIONS,
@@ -183,8 +183,9 @@ class Recipe:
         default="none",
         metadata={
             "help": "Whether weights that stay make up for what goes, in closed form: 'scale' fits a factor for each "
-            "channel in front of every gap, 'ridge' a whole weight, 'auto' the better one; no shape changes. Kept "
-            "only where some of the windows, which the fit does not see, say that it helps.",
+            "channel in front of every gap, 'ridge' a whole weight, 'auto' the better one, 'reconstruct' a whole "
+            "weight there and in every half-block behind the first gap; no shape changes. Kept only where some of the "
+            "windows, which the fit does not see, say that it helps.",
             "choices": COMPENSATIONS,
         },
     )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, CalibrationWindows
 from .branching import head_losses
-from .compensating import SCALE, writer_before
+from .compensating import SCALE
 from .errors import CalibrationError, NonFiniteError
 from .fitting import Tokens, crossed_parts, solved, weights_of
 from .folding import Prepared
@@ -35,6 +35,7 @@ from .half import MLP, PARTS, Half, units_of
 from .losses import predicted
 from .measures import fp64_zeros
 from .near_best import Run, near_best
+from .points import writer_before
 from .runner import BlockOutput
 from .stand_ins import hooks
 from .strategies.base import SearchContext

@@ -127,6 +127,13 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def bytes_of(value: Any) -> int:
+    """What the tensors in nested tuples and lists take."""
+    sizes: list[int] = []
+    map_tensors(value, lambda tensor: sizes.append(tensor.nbytes) or tensor)
+    return sum(sizes)
+
+
 def rows_of(value: Any, rows: slice, windows: int) -> Any:
     """The given windows of a stored output; tensors without a window dimension are passed on whole."""
     return map_tensors(value, lambda tensor: tensor[rows] if tensor.shape[:1] == (windows,) else tensor)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 from optimum_blockprune.batches import Batch
-from optimum_blockprune.compensating import cut_points
 from optimum_blockprune.errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
 from optimum_blockprune.folding import Prepared, fold_into
 from optimum_blockprune.folds import CHANGE, DIAGONAL, KINDS, MATRIX, Fold, Folds, digest_of
 from optimum_blockprune.half import Half
+from optimum_blockprune.points import cut_points
 from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.stand_ins import hidden_of
 from optimum_blockprune.writers import find_writer

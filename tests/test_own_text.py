@@ -176,7 +176,7 @@ def test_it_is_written_once_for_all_numbers_of_blocks(monkeypatch: pytest.Monkey
 def test_what_was_written_is_kept_for_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = wide_pruner(generated_samples=6).make_plan()
 
-    def stop(*_: Any) -> Any:
+    def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -51,10 +51,10 @@ LAYERS = (
     ("block_kinds", "blocks", "channel_sums", "inputs", "norm_gain"),
     ("benchmark_tasks", "file_weights", "forms", "generation", "halves", "per_layer", "writers"),
     ("estimators", "ica", "own_text", "runner", "skeleton", "tasks", "template"),
-    ("passes", "streaming"),
+    ("passes", "points", "streaming"),
     ("fingerprints", "loading"),
     ("base_card", "caching", "evaluation", "strategies.base", "strategies.selection", "surgery", "unit_effects")
-    + ("adapters", "branching", "half_choice", "joint_networks", "layer_stream", "units"),
+    + ("adapters", "branching", "half_choice", "joint_networks", "last_states", "layer_stream", "units"),
     ("expectation", "teacher", "training"),
     ("fitting", "reading", "steps"),
     ("greedy", "seeds"),
