@@ -17,9 +17,10 @@ from typing import Any
 BASELINE = ("sleb", "none")
 # What the product calls a choice together with a compensation.
 _NAMES = {
-    ("runs", "ridge+own"): "auto",
-    ("runs", "ridge"): "auto, generated_samples=0",
-    ("half-runs", "ridge"): "auto, unit=half_block, generated_samples=0",
+    ("runs", "reconstruct+own"): "auto",
+    ("runs", "ridge+own"): "auto, compensation=ridge",
+    ("runs", "ridge"): "search + ridge",
+    ("half-runs", "ridge"): "search, unit=half_block + ridge",
 }
 Rows = Sequence[Mapping[str, Any]]
 

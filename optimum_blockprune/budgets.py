@@ -18,7 +18,7 @@ does not measure again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -290,6 +290,10 @@ class _Part:
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """See `Ledger.write`."""
         self._ledger.write(self._prefix + key, tensors)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """See `Ledger.forget`."""
+        self._ledger.forget(self._prefix + key for key in keys)
 
 
 def _alone(runner: BlockRunner, batch: Batch, off: Sequence[Unit], maps: Prepared) -> dict[str, Tensor]:

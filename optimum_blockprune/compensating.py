@@ -140,14 +140,16 @@ def _together(sums: dict[str, Tensor], kind: str, share: float) -> dict[str, Ten
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """A map that was judged."""
+class _Grid:
+    """What is tried at a place."""
 
-    fold: Fold
-    share: float
-    strength: float
-    tensor: Tensor
-    loss: float
+    kinds: Sequence[str]
+    shares: Sequence[float]
+    strengths: Sequence[float]
+
+    def all(self) -> list[tuple[str, float, float]]:
+        """Kind, weight of own text and strength, in the order in which they are tried."""
+        return list(product(self.kinds, self.shares, self.strengths))
 
 
 class _Compensation:
@@ -202,31 +204,42 @@ class _Compensation:
         if writer is None or name in self.tensors:
             logger.info(f"No weight of {point.before} can take a map; left as it is.")
             return {"kind": "none", "reason": "no module writes to the stream alone"}
-        kinds = self.kinds if writer.kind == MATRIX else (DIAGONAL,)
         shares = SHARES if self.share is None or (point.cut and self.own is not None) else (self.share,)
-        strengths = STRENGTHS if point.cut else BEHIND
-        sums = self._all_sums(number, point, writer, kinds, own=any(shares))
-        best: _Tried | None = None
+        kinds = self.kinds if writer.kind == MATRIX else (DIAGONAL,)
+        grid = _Grid(kinds, shares, STRENGTHS if point.cut else BEHIND)
         wanted = reached * (1 if point.cut else 1 - _WORTH)
+        found = self.context.settled(
+            f"compensation-{number}-map",
+            lambda: self._fitted(number, point, writer, grid, wanted, name),
+            [f"{prefix}compensation-{number}" for prefix in ("", "own-")],
+        )
+        tried = found["tried"].tolist()
+        if "map" not in found:
+            return {"kind": "none", "module": writer.module, "tried": tried}
+        kind, share, strength = grid.all()[tried.index(min(tried))]
+        self.share = share
+        self.entries.append(writer.fold(point.before.block, kind, name))
+        self.tensors[name] = found["map"]
+        own = {} if self.own is None else {"own_share": share}
+        return {"kind": kind, "module": writer.module, **own, "strength": strength, "kl": min(tried), "tried": tried}
+
+    def _fitted(
+        self, number: int, point: Point, writer: Writer, grid: _Grid, wanted: float, name: str
+    ) -> dict[str, Tensor]:
+        """The losses with all maps of a grid, and the best map if it is better than what is wanted."""
+        sums = self._all_sums(number, point, writer, grid.kinds, own=any(grid.shares))
+        best: Tensor | None = None
         tried: list[float] = []
         # Not all at once: each of them has a weight of its own while it is judged.
-        for kind, share in product(kinds, shares):
+        for kind, share in product(grid.kinds, grid.shares):
             fold, found = writer.fold(point.before.block, kind, name), _together(sums, kind, share)
-            tensors = [solved(found, kind, strength) for strength in strengths]
+            tensors = [solved(found, kind, strength) for strength in grid.strengths]
             maps = [([fold], {name: tensor}) for tensor in tensors]
-            losses = self._judged(f"{number}-{kind}-{share}", point, maps)
-            tried += losses
-            for strength, tensor, loss in zip(strengths, tensors, losses, strict=True):
-                if loss < (wanted if best is None else best.loss):
-                    best = _Tried(fold, share, strength, tensor, loss)
-        if best is None:
-            return {"kind": "none", "module": writer.module, "tried": tried}
-        self.share = best.share
-        self.entries.append(best.fold)
-        self.tensors[name] = best.tensor
-        own = {} if self.own is None else {"own_share": best.share}
-        chosen = {"kind": best.fold.kind, "module": writer.module, **own, "strength": best.strength, "kl": best.loss}
-        return {**chosen, "tried": tried}
+            for tensor, loss in zip(tensors, self._judged(f"{number}-{kind}-{share}", point, maps), strict=True):
+                best = tensor if loss < min([wanted, *tried]) else best
+                tried.append(loss)
+        kept = {} if best is None else {"map": best}
+        return {"tried": torch.tensor(tried, dtype=torch.float64), **kept}
 
     def _all_sums(
         self, number: int, point: Point, writer: Writer, kinds: Sequence[str], *, own: bool

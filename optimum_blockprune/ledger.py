@@ -16,7 +16,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,6 +134,12 @@ class Ledger:
                     "to be measured again if it is interrupted."
                 )
             self._complained = True
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Deletes measurements that are not needed any more, if they are there; what the disk refuses stays."""
+        for key in keys:
+            with suppress(OSError):
+                self._path(key).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets other processes have the folder, which goes if nothing was kept in it."""

@@ -77,7 +77,7 @@ def run_costs(context: SearchContext, compensation: str, over: Callable[[], bool
 
     Args:
         context: Of the search; runs hold up to `num_remove` blocks, and removable ones only.
-        compensation: `"scale"`, `"ridge"` or `"auto"`, which here is as `"ridge"`.
+        compensation: `"scale"`, `"ridge"`, or another one, which here is as `"ridge"`.
         over: Asked before every part but the first, whether to do without it.
 
     Raises:

@@ -101,6 +101,14 @@ def test_the_last_write_of_a_key_counts(tmp_path: Path) -> None:
     assert same(ledger.read("step"), LOSSES) and len(kept(tmp_path)) == 1
 
 
+def test_what_is_forgotten_is_gone_and_the_rest_stays(tmp_path: Path) -> None:
+    filled(tmp_path / "kept", first=LOSSES, second=LOSSES)
+    ledger = Ledger.open(tmp_path / "kept", RUN)
+    ledger.forget(["first", "never there"])
+    assert ledger.read("first") is None and same(ledger.read("second"), LOSSES)
+    assert len(kept(tmp_path / "kept")) == 1
+
+
 def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
     whole = torch.arange(12.0)
     tensors = {"whole": whole, "again": whole, "part": whole[3:6], "turned": whole.view(3, 4).T}

@@ -36,6 +36,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "auto-two-windows": {**AUTO, "num_samples": 2},
     "sleb-auto": {**AUTO, "strategy": "sleb", "compensation": "auto"},
     "random-scale": {**AUTO, "strategy": "random", "compensation": "scale"},
+    "auto-reconstruct": {**AUTO, "num_samples": 9, "compensation": "reconstruct", "generated_samples": 4},
     "gemma2": {**AUTO, "family": "gemma2", "batch_size": 2},
 }
 MIXED: dict[str, dict[str, Any]] = {

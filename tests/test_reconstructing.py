@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,10 @@ def test_what_was_measured_is_kept_for_a_run_that_goes_on(tmp_path: Path, monkey
         patch.setattr(compensating._Compensation, "_step", stop)
         with pytest.raises(KeyboardInterrupt):
             pruner_of(**fields).make_plan(resume_dir=tmp_path / "kept")
+    # Of the two places that are done, the maps are kept, and not the far larger sums that they were made of.
+    names = [path.name for path in (tmp_path / "kept").rglob("*.safetensors")]
+    assert sum("-map-" in name for name in names) == 2
+    assert not any(re.fullmatch(r"(own-)?compensation-\d-[0-9a-f]{12}.safetensors", name) for name in names)
     again = pruner_of(**fields)
     assert again.make_plan(resume_dir=tmp_path / "kept").folds.digest == whole.folds.digest
     assert again.report.reused_measurements > 2

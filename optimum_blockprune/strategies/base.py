@@ -59,7 +59,8 @@ class SearchContext:
         unit: `"block"`, or `"half_block"` where the strategy knows half-blocks and was asked for them.
         objective: What the loss on the windows is: `"nll"`, `"kl"` where they have a teacher, or `"task"` where
             their labels are completions; `None` where the strategy has no objectives.
-        compensation: What will be fitted in front of the cuts of the plan: `"none"`, `"scale"`, `"ridge"` or `"auto"`.
+        compensation: What will be fitted in front of the cuts of the plan: `"none"`, `"scale"`, `"ridge"`, `"auto"` or
+            `"reconstruct"`.
         generated_samples: Windows that the dense model writes for that.
         own_text: Filled by compensation: what the model wrote, by the fingerprint of what it continued.
         team: The processes that share the measuring; one alone by default.
@@ -126,6 +127,25 @@ class SearchContext:
             found = self.team.summed(share)
             if ledger is not None and self.team.is_first:
                 ledger.write(key, found)
+        return found
+
+    def settled(
+        self, key: str, make: Callable[[], dict[str, Tensor]], measurements: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """What was made of measurements, kept in their place where it is far smaller.
+
+        Args:
+            key: Its name, unique in the search.
+            make: Measures, and gives the same in every process.
+            measurements: Keys of what is of no use afterwards.
+        """
+        ledger = self.ledger
+        found = self.team.from_first(lambda: None if ledger is None else ledger.read(key))
+        if found is None:
+            found = make()
+            if ledger is not None and self.team.is_first:
+                ledger.write(key, found)
+                ledger.forget(measurements)
         return found
 
     def batches(self, size: int, windows: CalibrationWindows | None = None) -> Iterator[tuple[int, Batch]]:
