@@ -265,6 +265,7 @@ class _Compensation:
         size: int,
     ) -> dict[str, Tensor]:
         """a'a and a'(z - x) over this process's tokens, for factors y'y and y'(z - x), in fp64."""
+        self._cut(size)
         module = self.runner.stack.blocks[point.before.block].get_submodule(writer.module)
         found: dict[str, Tensor] = {}
         folds = Prepared(self.runner.stack.blocks, self.entries, self.tensors)
@@ -293,6 +294,10 @@ class _Compensation:
                     total += part.to(total.device).double()
         return {name: total.cpu() for name, total in found.items()}
 
+    def _cut(self, size: int) -> None:
+        for states in (self._dense, self._pruned):
+            states.cut(size)
+
     def _in_front(self, key: Hashable, batch: Batch, point: Point) -> BlockOutput | None:
         """The state of the pruned model in front of the block of a place, with the maps that are on."""
         return self._pruned.at(key, batch, block_before(point.before.block, self.off), self.off)
@@ -314,6 +319,7 @@ class _Compensation:
         prepared = [Prepared(blocks, entries, tensors) for entries, tensors in tried]
 
         def measure(size: int) -> dict[str, Tensor]:
+            self._cut(size)
             sums = torch.zeros(len(tried), dtype=torch.float64)
             for start, batch in self.context.batches(size, self.judges):
                 with before.on():

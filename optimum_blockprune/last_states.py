@@ -30,13 +30,20 @@ class LastStates:
     def __init__(self, runner: BlockRunner) -> None:
         self._runner = runner
         self._states: dict[Hashable, BlockOutput] = {}
-        self._bytes = 0
+        self._bytes = self._size = 0
         try:
             prove(runner)
             self._most = STATE_BYTES
         except UnsupportedModelError as error:
             logger.info(f"Every measurement starts from the tokens: {error}")
             self._most = 0
+
+    def cut(self, size: int) -> None:
+        """Says how many windows a batch has from here on; once these are fewer, memory ran out, and none is held."""
+        if size < self._size:
+            self._states.clear()
+            self._bytes = self._most = 0
+        self._size = size
 
     def at(self, key: Hashable, batch: Batch, stop: int | None, off: Collection[Unit] = ()) -> BlockOutput | None:
         """The output of a block, from the last state of this batch; `None` for the embeddings, and where none is held.

@@ -52,6 +52,17 @@ def test_a_state_is_held_once() -> None:
     assert states._bytes == bytes_of(states.at("batch", BATCHES[0], 4).value)
 
 
+def test_where_memory_ran_out_nothing_is_held() -> None:
+    runner = BlockRunner(tiny_model("llama"))
+    states = LastStates(runner)
+    states.cut(4)
+    states.at("batch", BATCHES[0], 2)
+    states.cut(4)
+    assert states._bytes
+    states.cut(2)
+    assert states.at("batch", BATCHES[0], 4) is None and not states._bytes and not states._states
+
+
 def test_where_blocks_share_more_every_run_starts_from_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_runner: BlockRunner) -> None:
         raise UnsupportedModelError("they share")
