@@ -17,10 +17,10 @@ from typing import Any
 BASELINE = ("sleb", "none")
 # What the product calls a choice together with a compensation.
 _NAMES = {
-    ("runs", "reconstruct+own"): "auto",
-    ("runs", "ridge+own"): "auto, compensation=ridge",
-    ("runs", "ridge"): "search + ridge",
-    ("half-runs", "ridge"): "search, unit=half_block + ridge",
+    ("runs", "ridge+own"): "auto",
+    ("runs", "reconstruct+own"): "auto, compensation=reconstruct",
+    ("runs", "ridge"): "auto, generated_samples=0",
+    ("half-runs", "ridge"): "auto, unit=half_block, generated_samples=0",
 }
 Rows = Sequence[Mapping[str, Any]]
 

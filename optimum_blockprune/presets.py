@@ -20,8 +20,8 @@ _ENOUGH, _MOST_WRITTEN = 2**15, 3
 def spelt_out(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields with what `strategy="auto"` stands for.
 
-    That is `search`, and `compensation="reconstruct"` where none is named, fitted on text of the model's own as well
-    where there is little.
+    That is `search`, and ridge compensation where none is named, fitted on text of the model's own as well where there
+    is little.
 
     Args:
         values: Fields of a recipe by name.
@@ -29,7 +29,7 @@ def spelt_out(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("strategy") != AUTO:
         return dict(values)
     asked = values.get("compensation", Recipe.compensation)
-    compensation = "reconstruct" if asked == Recipe.compensation else asked
+    compensation = "ridge" if asked == Recipe.compensation else asked
     generated = values.get("generated_samples")
     if generated is None:
         generated = _lacking(*(values.get(name, getattr(Recipe, name)) for name in ("num_samples", "seqlen")))

@@ -50,9 +50,7 @@ class Recipe:
 
     strategy: str = field(
         default="sleb",
-        metadata={
-            "help": "Chooses the blocks: `auto` (search, compensation reconstruct) or one that `strategies` lists."
-        },
+        metadata={"help": "Chooses the blocks: `auto` (search, ridge compensation) or one that `strategies` lists."},
     )
     sparsity: float | None = field(
         default=None,

@@ -15,14 +15,13 @@ from optimum_blockprune.presets import spelt_out
 @pytest.mark.parametrize(
     ("fields", "compensation"),
     [
-        ({"num_blocks": 2}, "reconstruct"),
+        ({"num_blocks": 2}, "ridge"),
         ({"sparsity": 0.2, "compensation": "scale"}, "scale"),
-        ({"num_blocks": 2, "compensation": "ridge"}, "ridge"),
-        ({"target_speedup": 1.2}, "reconstruct"),
-        ({"max_kl": 0.3}, "reconstruct"),
+        ({"target_speedup": 1.2}, "ridge"),
+        ({"max_kl": 0.3}, "ridge"),
     ],
 )
-def test_auto_is_search_with_reconstruction_unless_another_is_named(fields: dict[str, Any], compensation: str) -> None:
+def test_auto_is_search_with_ridge_unless_another_is_named(fields: dict[str, Any], compensation: str) -> None:
     config = BlockPruningConfig("auto", dataset="wikitext2", **fields)
     assert (config.strategy, config.compensation) == ("search", compensation)
     spelt = {**fields, "compensation": compensation}
@@ -62,5 +61,5 @@ def test_options_of_auto_are_those_of_search() -> None:
 def test_what_is_saved_is_spelt_out(tmp_path: Path) -> None:
     BlockPruningConfig("auto", num_blocks=3).save_pretrained(tmp_path)
     saved = BlockPruningConfig.from_pretrained(tmp_path)
-    assert (saved.strategy, saved.compensation, saved.num_blocks) == ("search", "reconstruct", 3)
+    assert (saved.strategy, saved.compensation, saved.num_blocks) == ("search", "ridge", 3)
     assert BlockPruningConfig.from_pretrained(tmp_path, strategy="auto", compensation="scale").compensation == "scale"
