@@ -26,7 +26,7 @@ a cut, fewer strengths are tried, own text weighs what it weighs at the cut, and
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -42,8 +42,8 @@ from .errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from .fitting import STRENGTHS, Tokens, fitting_part, solved, weights_of
 from .folding import Prepared
 from .folds import CHANGE, DIAGONAL, MATRIX, Fold, Folds, digest_of
-from .half import MLP, Half, Unit
-from .last_states import LastStates
+from .half import MLP, Unit
+from .last_states import LastStates, can_go_on
 from .losses import predicted
 from .measures import fp64_zeros
 from .own_text import SIDE_BY_SIDE, prompts_of
@@ -68,6 +68,9 @@ SHARES = (0.0, 0.1, 0.3, 1.0)
 BEHIND, _WORTH = (0.03, 0.3, 3.0), 1e-3
 # One window in so many judges.
 _JUDGES = 8
+# A batch: of which windows it is, its first one, and how many it has.
+Key = tuple[str, int, int]
+_JUDGING = "judges"
 
 
 def check_compensation(runner: BlockRunner, windows: CalibrationWindows | None, recipe: Recipe) -> None:
@@ -163,7 +166,8 @@ class _Compensation:
         self.share: float | None = None if self.own is not None else 0.0
         self.entries: list[Fold] = []
         self.tensors: dict[str, Tensor] = {}
-        self._dense, self._pruned = LastStates(self.runner), LastStates(self.runner)
+        held = can_go_on(self.runner, next(iter(self.fitted.batches(1))).beginning())
+        self._dense, self._pruned = (LastStates(self.runner, held=held) for _ in range(2))
 
     def plan(self) -> PruningPlan:
         steps: list[dict[str, Any]] = []
@@ -282,7 +286,7 @@ class _Compensation:
                         )
                     )
                     pruned = self.runner.run_to(batch, point.before.block, point.off(self.off), state)
-            z = tokens.fitted(self._wanted(key, batch, point.after))
+            z = tokens.fitted(self._wanted(key, batch, point))
             weights = weights_of(z)
             missing = (z - tokens.fitted(hidden_of(pruned.value)).to(z.device)) * weights
             for kind in kinds:
@@ -298,14 +302,17 @@ class _Compensation:
         for states in (self._dense, self._pruned):
             states.cut(size)
 
-    def _in_front(self, key: Hashable, batch: Batch, point: Point) -> BlockOutput | None:
+    def _in_front(self, key: Key, batch: Batch, point: Point) -> BlockOutput | None:
         """The state of the pruned model in front of the block of a place, with the maps that are on."""
-        return self._pruned.at(key, batch, block_before(point.before.block, self.off), self.off)
+        # The judges come back to a place, sums are made of it once.
+        keep = key[0] == _JUDGING or point != self.points[-1]
+        return self._pruned.at(key, batch, block_before(point.before.block, self.off), self.off, keep=keep)
 
-    def _wanted(self, key: Hashable, batch: Batch, after: Half | None) -> Tensor:
+    def _wanted(self, key: Key, batch: Batch, point: Point) -> Tensor:
         """The stream of the dense model where the next kept half begins."""
+        after = point.after
         last = (self.runner.num_blocks if after is None else after.block) - 1
-        state = self._dense.at(key, batch, last if last >= 0 else None)
+        state = self._dense.at(key, batch, last if last >= 0 else None, keep=point != self.points[-1])
         if after is not None and after.part == MLP:
             return hidden_of(self.runner.run_to(batch, after.block, [after], state).value)
         return hidden_of((state or self.runner.run_to(batch, last)).value)
@@ -323,7 +330,7 @@ class _Compensation:
             sums = torch.zeros(len(tried), dtype=torch.float64)
             for start, batch in self.context.batches(size, self.judges):
                 with before.on():
-                    key = ("judges", start, len(batch.input_ids))
+                    key = (_JUDGING, start, len(batch.input_ids))
                     state = None if point is None else self._in_front(key, batch, point)
                     for place, folds in enumerate(prepared):
                         with folds.on():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from families import random_ids, tiny_model
@@ -10,7 +12,7 @@ from families import random_ids, tiny_model
 from optimum_blockprune import UnsupportedModelError, last_states
 from optimum_blockprune.batches import Batch
 from optimum_blockprune.half import Half
-from optimum_blockprune.last_states import LastStates
+from optimum_blockprune.last_states import LastStates, can_go_on
 from optimum_blockprune.runner import BlockRunner
 from optimum_blockprune.stand_ins import bytes_of, hidden_of
 
@@ -64,12 +66,24 @@ def test_where_memory_ran_out_nothing_is_held() -> None:
 
 
 def test_where_blocks_share_more_every_run_starts_from_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_runner: BlockRunner) -> None:
+    def refuse(*_: Any) -> None:
         raise UnsupportedModelError("they share")
 
     monkeypatch.setattr(last_states, "prove", refuse)
-    states = LastStates(BlockRunner(tiny_model("llama")))
+    runner = BlockRunner(tiny_model("llama"))
+    assert not can_go_on(runner, BATCHES[0])
+    states = LastStates(runner, held=can_go_on(runner, BATCHES[0]))
     assert states.at("batch", BATCHES[0], 2) is None
+
+
+def test_what_nobody_asks_for_again_is_not_held() -> None:
+    runner = BlockRunner(tiny_model("llama"))
+    assert can_go_on(runner, BATCHES[0])
+    states = LastStates(runner)
+    states.at("batch", BATCHES[0], 1)
+    wanted = hidden_of(runner.run_to(BATCHES[0], 3).value)
+    assert torch.equal(hidden_of(states.at("batch", BATCHES[0], 3, keep=False).value), wanted)
+    assert not states._states and not states._bytes
 
 
 def test_in_front_of_the_first_block_there_is_no_state() -> None:

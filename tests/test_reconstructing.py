@@ -173,7 +173,7 @@ def test_models_that_cannot_start_in_the_middle_get_the_same(monkeypatch: pytest
     usual = pruner_of()
     plan = usual.make_plan()
 
-    def refuse(_runner: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise UnsupportedModelError("they share")
 
     monkeypatch.setattr(last_states, "prove", refuse)
