@@ -35,6 +35,7 @@ from .half import MLP, PARTS, Half, units_of
 from .losses import predicted
 from .measures import fp64_zeros
 from .near_best import Run, near_best
+from .passes import prove
 from .points import writer_before
 from .runner import BlockOutput
 from .stand_ins import hooks
@@ -83,12 +84,14 @@ def run_costs(context: SearchContext, compensation: str, over: Callable[[], bool
     Raises:
         CalibrationError: Fewer than two windows.
         NonFiniteError: Statistics are NaN or infinite.
+        UnsupportedModelError: Runs cannot start behind a block; see `BlockRunner.check_replay`.
     """
     windows, row = context.require_windows(), context.row
     if windows.num_windows < 2:
         raise CalibrationError(
             "Maps are fitted on some windows of text and judged on others: give at least two windows."
         )
+    prove(context.runner, next(iter(windows.batches(1))).beginning())
     runs = [
         (start, count) for count in range(1, context.num_remove + 1) for start in row.starts(context.removable, count)
     ]

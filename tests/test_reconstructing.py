@@ -182,6 +182,19 @@ def test_models_that_cannot_start_in_the_middle_get_the_same(monkeypatch: pytest
     assert slow.report.block_forwards > usual.report.block_forwards
 
 
+@pytest.mark.parametrize("compensation", ["ridge", "reconstruct"])
+def test_blocks_that_look_for_what_another_one_left_are_compensated(compensation: str) -> None:
+    """No run may start behind block 0, which block 5 needs; `search`, whose runs must, says so."""
+    model, left = wide("llama"), {}
+    model.register_forward_pre_hook(lambda *_: left.clear())
+    model.model.layers[0].register_forward_hook(lambda _module, _args, output: left.update(first=output))
+    model.model.layers[5].register_forward_hook(lambda _module, _args, output: output + left["first"])
+    figures = pruner_of(model, compensation=compensation).make_plan().details["compensation"]
+    assert figures["kl_after"] < figures["kl_before"]
+    with pytest.raises(UnsupportedModelError, match="share more than their hidden states"):
+        pruner_of(model, strategy="search", strategy_options=None, compensation=compensation).make_plan()
+
+
 def test_what_was_measured_is_kept_for_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"generated_samples": 6}
     whole = pruner_of(**fields).make_plan()

@@ -377,7 +377,15 @@ def share_by_argument(model: PreTrainedModel) -> None:
     block_list(model)[3].register_forward_hook(lambda _, __, output: output + state.get("shared", 0))
 
 
-@pytest.mark.parametrize("share", [share_by_attribute, share_by_argument])
+def share_by_name(model: PreTrainedModel) -> None:
+    """The same, looked up where block 1 alone has put it: without block 1 there is nothing to be found."""
+    state: dict[str, Tensor] = {}
+    model.register_forward_pre_hook(lambda *_: state.clear())
+    block_list(model)[1].register_forward_hook(lambda _, __, output: state.update(shared=output))
+    block_list(model)[3].register_forward_hook(lambda _, __, output: output + state["shared"])
+
+
+@pytest.mark.parametrize("share", [share_by_attribute, share_by_argument, share_by_name])
 def test_blocks_that_share_more_than_their_output_are_refused(
     share: Callable[[PreTrainedModel], None], ids: Tensor
 ) -> None:
