@@ -31,7 +31,7 @@ from hub_server import HubServer
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from torch import Tensor
 
-from optimum_blockprune import architectures
+from optimum_blockprune import architectures, records
 from optimum_blockprune.batches import CalibrationWindows
 from optimum_blockprune.table import table
 
@@ -40,6 +40,18 @@ from optimum_blockprune.table import table
 def threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models, all of them for the real one."""
     torch.set_num_threads(os.cpu_count() or 1 if "smollm2" in request.fixturenames else 1)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For the tests of a file with `no_pictures` that look at them."""
+
+
+@pytest.fixture
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are saved as without matplotlib: drawing takes longer than tiny models do."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(records, "can_draw", lambda: False)
 
 
 @pytest.fixture

@@ -26,6 +26,9 @@ from optimum_blockprune.stand_ins import hidden_of
 from optimum_blockprune.writers import find_writer
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
 # Norms behind the writers: only a factor for each channel can go in.
 SANDWICH = ("gemma2", "gemma3_text", "olmo2")
 WHOLE_ONLY = ("gpt_neox", "falcon", "bloom")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 import torch
 from command_line import refusal
 from families import block_list, tiny_model
+from tiers import often
 from toys import config, files_below, text, toy_folder, toy_pruner, word_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -212,8 +214,12 @@ def test_the_commands_work_where_the_cache_cannot_be_written(server: Runner, wor
     assert whole(tmp_path / "out") and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "name"),
+    often(
+        product(PHASES, SIGNALS), kept=lambda case: case[1] == "SIGTERM" or case[0] in ("search, later", "renaming")
+    ),
+)
 def test_a_signal_in_any_phase_of_a_run(
     phase: str, name: str, server: Runner, words: list[str], tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def test_words(data: Any) -> None:
 
 
 @given(mutated(GOOD, values=SCALARS))
-@settings(FUZZ, max_examples=30)
+@settings(FUZZ, max_examples=12)
 def test_pictures_and_page(data: Any) -> None:
     report = read(data)
     if report is not None:

@@ -24,6 +24,8 @@ from optimum_blockprune.surgery import apply_plan
 from optimum_blockprune.table import table
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 Pruned = tuple[PreTrainedModel, Expectation]
 both_modes = pytest.mark.parametrize("verify", ["logits", "keys"])
 TINY = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, block_list, plain_logits, random_ids, tiny_model
+from tiers import often
 from torch import Tensor, nn
 from toys import toy_folder, toy_pruner
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,6 +20,9 @@ from optimum_blockprune.batches import Batch
 from optimum_blockprune.errors import ConfigurationError, PlanError, UnsupportedModelError
 from optimum_blockprune.half import Half, removals
 from optimum_blockprune.runner import BlockRunner
+
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 # The module whose output a half adds to the residual stream, written down by hand.
@@ -33,6 +37,8 @@ WHOLE_ONLY = ("gpt_neox", "falcon", "bloom")
 SEQUENTIAL = [family for family in FAMILIES if family not in WHOLE_ONLY]
 # Their files name modules otherwise than the model does.
 RENAMED = ("mixtral",)
+# Built like others that stay; slow tests here.
+LIKE_LLAMA = ("mistral", "qwen2", "smollm3", "granite")
 # Block 3 goes whole, the others leave a block of two.
 REMOVED = ("1.mlp", "2.attention", "3.attention", "3.mlp")
 
@@ -90,7 +96,7 @@ def test_what_may_go_are_neighbours() -> None:
 # Surgery
 
 
-@pytest.mark.parametrize("family", SEQUENTIAL)
+@pytest.mark.parametrize("family", often(SEQUENTIAL, kept=lambda family: family not in LIKE_LLAMA))
 def test_pruned_in_memory_reloaded_and_on_files(family: str, tmp_path: Path) -> None:
     model, ids = tiny_model(family, 5), random_ids()
     model.save_pretrained(tmp_path / "dense")
@@ -250,6 +256,7 @@ def test_an_unknown_unit_is_refused() -> None:
 # What is said
 
 
+@pytest.mark.usefixtures("pictures")
 def test_report_card_and_page_name_the_halves(tmp_path: Path) -> None:
     pruner = toy_pruner()
     pruner.prune(tmp_path / "out", plan=PruningPlan.from_blocks(pruner.model, REMOVED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from optimum_blockprune.measures import angular_distance, block_influence
 from optimum_blockprune.reading import window_spec, windows_for
 from optimum_blockprune.runner import BlockRunner
 
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 BLOCKS = 6
 DP = {"estimator": "identity_decoder", "select": "dp"}
@@ -277,8 +279,10 @@ def test_smaller_choices_of_halves_need_the_halves() -> None:
 # What it leaves
 
 
-@pytest.mark.parametrize("family", often(EXACT, kept=lambda family: family in ("llama", "gemma2", "gpt2")))
-@each_search
+@pytest.mark.parametrize(
+    ("family", "name"),
+    often(product(EXACT, SEARCHES), kept=lambda case: case[0] == "gemma2" or case[1] in ("shortgpt", "mi_prun-dp")),
+)
 def test_what_is_left_is_exact(family: str, name: str, tmp_path: Path) -> None:
     pruner = pruner_of(name, family, num_blocks=2)
     ids = random_ids()

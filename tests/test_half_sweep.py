@@ -23,6 +23,8 @@ from optimum_blockprune.half import Half
 from optimum_blockprune.runner import BlockRunner
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 CAUSAL = [subject for subject in SUBJECTS if subject.group == "causal"]
 # One of each way in which attention and MLP come together, or do not.
 REDUCED = ("afmoe", "deepseek_v3", "gpt2", "gpt_neo", "llama4_text", "lfm2", "qwen3_moe#sparse_step_2")

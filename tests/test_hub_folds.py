@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,11 @@ def test_a_repository_with_another_file(hub: HubServer, folder: Path, copy: Path
         PruningPlan.from_hub(NAME)
 
 
-def test_a_lost_connection_is_not_taken_for_a_missing_file(hub: HubServer, folder: Path) -> None:
+def test_a_lost_connection_is_not_taken_for_a_missing_file(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push_folder(folder, NAME)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     hub.fail(f"{SIDECAR}", status=503, times=None)
     with pytest.raises(LocalEntryNotFoundError):
         PruningPlan.from_hub(NAME)

@@ -47,10 +47,11 @@ SEARCH = {"search": {**EVEN, "strategy": "search", "num_blocks": 3}}
 EVERY = {**SEARCHES, **UNEVEN, **EMPTY, **TASK, **SEARCH}
 # Together they take minutes on two cores: of those that are like others, a few run by default.
 _FEW = ("angular", "shortgpt", "naive", "shortgpt-halves", "angular-halves-uneven")
+_LIKE = ("kl-uneven", "kl-empty", "bip-empty", "mi_prun-empty", "functional_network-uneven")
 MORE = {
     name: fields
     for name, fields in EVERY.items()
-    if name not in _FEW and ("halves" in name or name.startswith(("angular", "shortgpt", "naive")))
+    if name in _LIKE or (name not in _FEW and ("halves" in name or name.startswith(("angular", "shortgpt", "naive"))))
 }
 CASES = {name: fields for name, fields in EVERY.items() if name not in MORE}
 THREE = {name: CASES[name] for name in ("sleb-uneven", "race", "mi_prun-uneven", "bip-uneven")}

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from optimum_blockprune.norm_gain import read_norm
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

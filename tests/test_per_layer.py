@@ -31,6 +31,8 @@ from optimum_blockprune.per_layer import as_plain, has_own_widths, narrowed_clas
 from optimum_blockprune.widths import Width
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 ADVICE = r"Prune the dense model once, with a list of configurations: prune\(config=\[first, second\]\)"
 # Of 48 channels and of 2 KV groups, block by block.
 CHANNELS = (tuple(range(0, 48, 2)), (5, 7, 11), tuple(range(48)), (47,))

@@ -30,6 +30,8 @@ from optimum_blockprune.folding import Prepared
 from optimum_blockprune.folds import CHANGE, DIAGONAL
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 GONE = "2,3"
 WHOLE_ONLY = ("gpt_neox", "falcon", "bloom")
 

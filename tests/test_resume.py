@@ -198,7 +198,7 @@ def finished(server: Server, words: list[str], seed: int, seconds: float, check:
 # Killed
 
 
-@pytest.mark.parametrize("name", ["sleb", "mi_prun"])  # the others below, as slow tests
+@pytest.mark.parametrize("name", ["sleb", pytest.param("mi_prun", marks=pytest.mark.slow)])
 def test_a_plan_survives_kills(name: str, server: Server, dense: Path, data: Path, tmp_path: Path) -> None:
     words = ["plan", *flags(dense, data, name), "--output"]
     undisturbed = server.run(*words, tmp_path / "undisturbed.json")

@@ -25,6 +25,9 @@ from optimum_blockprune.gate import prove_live
 from optimum_blockprune.sequence import apply_in_order
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
 def depth(num_blocks: int = 1, **fields: Any) -> BlockPruningConfig:
     return BlockPruningConfig("random", num_blocks=num_blocks, **fields)
 

@@ -22,6 +22,8 @@ from optimum_blockprune.plan import PruningPlan
 from optimum_blockprune.surgery import Journal, apply_plan, block_traits, provenance
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 each_family = pytest.mark.parametrize("family", FAMILIES)
 REMOVALS = ((1,), (3, 1), (4,), (0,))
 

@@ -16,9 +16,9 @@ def often(cases: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
         cases: All of them; a tuple holds the values of several parameters.
         kept: Whether a case runs by default.
     """
-    found = [case if kept(case) else _slow(case) for case in cases]
+    cases = list(cases)
     assert any(kept(case) for case in cases)
-    return found
+    return [case if kept(case) else _slow(case) for case in cases]
 
 
 def _slow(case: Any) -> Any:

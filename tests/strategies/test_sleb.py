@@ -341,7 +341,7 @@ def test_a_race_costs_what_its_candidates_cost(gaps: tuple[PreTrainedModel, Cali
 
 def test_a_race_is_decided_by_its_seed(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
     model, windows = gaps
-    first, second, other = (search(model, windows, 3, "race", seed=seed)[0] for seed in (1, 1, 2))
+    first, second, other = (search(model, windows, 3, "race", seed=seed, batch_size=8)[0] for seed in (1, 1, 2))
     assert first == second
     assert [step["dropped"] for step in first.steps] != [step["dropped"] for step in other.steps]
     assert first.removed_blocks == other.removed_blocks
@@ -349,7 +349,7 @@ def test_a_race_is_decided_by_its_seed(gaps: tuple[PreTrainedModel, CalibrationW
 
 def test_a_shorter_race_is_the_beginning_of_a_longer_one(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
     model, windows = gaps
-    long, short = (search(model, windows, count, "race")[0] for count in (4, 2))
+    long, short = (search(model, windows, count, "race", batch_size=8)[0] for count in (4, 2))
     assert long.truncate(2).removed_blocks == short.removed_blocks
     assert long.steps[:2] == short.steps
     assert long.scores == short.scores
@@ -360,7 +360,7 @@ def test_more_confidence_drops_later(gaps: tuple[PreTrainedModel, CalibrationWin
     costs = []
     for confidence in (0.6, 0.999, 1 - 1e-12):
         options = SLEBOptions("race", confidence)
-        plan, runner = search(model, windows, 2, options=options)
+        plan, runner = search(model, windows, 2, options=options, batch_size=8)
         assert plan.options == {"search": "race", "confidence": confidence}
         costs.append(runner.counters.block_forwards)
     assert costs == sorted(costs) and costs[0] < costs[2]
@@ -386,7 +386,7 @@ def test_a_race_over_padded_windows(gaps: tuple[PreTrainedModel, CalibrationWind
     model, windows = gaps
     mask = torch.arange(48) < 20 + torch.arange(16)[:, None]
     padded = CalibrationWindows.from_tokens(windows.input_ids, mask, source="padded")
-    exact, race = (search(model, padded, 3, mode)[0] for mode in ("exact", "race"))
+    exact, race = (search(model, padded, 3, mode, batch_size=8)[0] for mode in ("exact", "race"))
     assert race.removed_blocks == exact.removed_blocks
     for step, twin in zip(race.steps, exact.steps, strict=True):
         assert step["loss"] == pytest.approx(twin["loss"], rel=1e-6)
