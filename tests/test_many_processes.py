@@ -56,7 +56,7 @@ MORE = {
 CASES = {name: fields for name, fields in EVERY.items() if name not in MORE}
 THREE = {name: CASES[name] for name in ("sleb-uneven", "race", "mi_prun-uneven", "bip-uneven")}
 
-FAULTS = ("error", "SIGKILL", "SIGINT", "SIGTERM")
+FAULTS = ("error", "SIGKILL", "SIGTERM")
 
 
 def words(folder: Path, output: str, *more: object) -> list[str]:
@@ -83,7 +83,6 @@ def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     (folder / "full" / "old.txt").write_text("old")
     scenarios = {
         "plans": Scenario("plans", {"cases": list(CASES.items()), "folder": str(folder / "plans")}),
-        "three": Scenario("plans", {"cases": list(THREE.items()), "folder": str(folder / "three")}, size=3),
         "command": Scenario("command", {"words": words(folder, "out", "--json")}),
         "refusal": Scenario("command", {"words": words(folder, "full")}),
         "misspelt": Scenario("command", {"words": words(folder, "none", "--strategy-option", "serch=race")}),
@@ -104,9 +103,13 @@ def played(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def played_more(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    scenario = Scenario("plans", {"cases": list(MORE.items()), "folder": str(folder / "plans")})
-    return play({"plans": scenario}, tmp_path_factory.mktemp("more"))["plans"]
+def played_more(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    scenarios = {
+        "plans": Scenario("plans", {"cases": list(MORE.items()), "folder": str(folder / "plans")}),
+        "three": Scenario("plans", {"cases": list(THREE.items()), "folder": str(folder / "three")}, size=3),
+        "SIGINT": Scenario("command", {"words": words(folder, "out-SIGINT"), "fault": "SIGINT"}),
+    }
+    return play(scenarios, tmp_path_factory.mktemp("more"))
 
 
 def of_one(name: str) -> PruningPlan:
@@ -124,8 +127,8 @@ def test_two_processes_find_the_plan_of_one(name: str, folder: Path, played: dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
-def test_two_processes_find_more_plans_of_one(name: str, folder: Path, played_more: list[Outcome]) -> None:
-    assert_plan_of_one(name, folder, played_more)
+def test_two_processes_find_more_plans_of_one(name: str, folder: Path, played_more: dict[str, list[Outcome]]) -> None:
+    assert_plan_of_one(name, folder, played_more["plans"])
 
 
 def assert_plan_of_one(name: str, folder: Path, outcomes: list[Outcome]) -> None:
@@ -135,9 +138,10 @@ def assert_plan_of_one(name: str, folder: Path, outcomes: list[Outcome]) -> None
         assert PruningPlan.from_file(folder / "plans" / f"{name}-{rank}.json").to_dict() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THREE)
-def test_three_processes_find_the_plan_of_one(name: str, folder: Path, played: dict[str, list[Outcome]]) -> None:
-    assert [outcome.code for outcome in played["three"]] == [0, 0, 0]
+def test_three_processes_find_the_plan_of_one(name: str, folder: Path, played_more: dict[str, list[Outcome]]) -> None:
+    assert [outcome.code for outcome in played_more["three"]] == [0, 0, 0]
     expected = of_one(name)
     for rank in range(3):
         plan = PruningPlan.from_file(folder / "three" / f"{name}-{rank}.json")
@@ -200,7 +204,6 @@ def test_only_the_first_process_looks_at_the_output(folder: Path, played: dict[s
     "fault, code, reason",
     [
         ("error", 1, "Process 2 of 2 failed: ArithmeticError: this device is broken"),
-        ("SIGINT", 1, "Process 2 of 2 failed: KeyboardInterrupt"),
         ("SIGTERM", 1, "Process 2 of 2 failed: KeyboardInterrupt: process 2 of 2 was told to end"),
         ("SIGKILL", -9, "Process 1 of 2 lost the connection to the others"),
     ],
@@ -208,11 +211,20 @@ def test_only_the_first_process_looks_at_the_output(folder: Path, played: dict[s
 def test_a_process_that_ends_early_ends_all(
     fault: str, code: int, reason: str, folder: Path, played: dict[str, list[Outcome]]
 ) -> None:
-    first, second = played[fault]
+    assert_all_ended(folder / f"out-{fault}", code, reason, played[fault])
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_ends_all(folder: Path, played_more: dict[str, list[Outcome]]) -> None:
+    assert_all_ended(folder / "out-SIGINT", 1, "Process 2 of 2 failed: KeyboardInterrupt", played_more["SIGINT"])
+
+
+def assert_all_ended(output: Path, code: int, reason: str, outcomes: list[Outcome]) -> None:
+    first, second = outcomes
     assert (first.code, second.code) == (1, code)
     (error,) = first.errors
     assert error.startswith(reason)
-    assert not (folder / f"out-{fault}").exists() and first.out == second.out == ""
+    assert not output.exists() and first.out == second.out == ""
 
 
 def test_the_first_process_may_be_the_one_that_is_lost(folder: Path, played: dict[str, list[Outcome]]) -> None:
