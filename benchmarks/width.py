@@ -203,7 +203,7 @@ def _dense_folder(model: str | None) -> Path:
 def _news() -> Path:
     """News of the Australian Broadcasting Corporation that gensim carries as test data, one article per line."""
     lines = (package_dir("gensim") / "test/test_data/lee_background.cor").read_text(encoding="utf-8").splitlines()
-    target = FOLDER / "news.txt"
+    target = FOLDER / "abc_news.txt"
     target.write_text("\n\n".join(line for line in lines if line.strip()), encoding="utf-8")
     return target
 

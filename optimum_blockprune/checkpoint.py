@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .errors import VerificationError
 from .evaluation import size_of
-from .file_folds import folded_tensors, refuse_unfolded
+from .file_folds import bytes_beside, folded_tensors, refuse_unfolded
 from .gate import check_mode, prove_folder
 from .plan import PLAN_FILE, PruningPlan
 from .records import record, write_records
@@ -79,7 +79,7 @@ def apply_to_checkpoint(
         source = open_source(folder, plan, verify, remote_code)
         refuse_unfolded(source, plan)
         kept = source.kept(plan)
-        check_output(dst, overwrite=overwrite, needed_bytes=kept.num_bytes)
+        check_output(dst, overwrite=overwrite, needed_bytes=kept.num_bytes + bytes_beside(source, plan))
         expected = expectation(source, plan, remote_code) if verify == "logits" else None
     extra = {source.new_name(name, plan) for name in source.unknown} - {None}
     before = size_of(source.model, plan.stack)

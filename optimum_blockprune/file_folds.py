@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from .errors import UnsupportedModelError
 from .folding import folded, touches
+from .folds import Fold
 from .plan import PruningPlan
 from .source import Source
 from .tensors import StoredTensor, read_file
@@ -29,21 +30,31 @@ def refuse_unfolded(source: Source, plan: PruningPlan) -> None:
             )
 
 
+def bytes_beside(source: Source, plan: PruningPlan) -> int:
+    """What the maps of a plan take on the disk beside the weights: the maps, and copies of the tensors that change."""
+    changed = (_stored(source, each.block, f"{each.module}.{name}") for each, name in _changes(plan))
+    return plan.folds.num_bytes + sum(stored.num_bytes for stored in changed if stored is not None)
+
+
 def folded_tensors(source: Source, plan: PruningPlan, folder: Path) -> dict[str, StoredTensor]:
     """Writes the tensors that change into `folder`, an existing one, and returns them by their stored name."""
     maps, found = plan.folds.tensors(), {}
-    for number, each in enumerate(plan.folds.entries):
-        for name in ("weight", "bias"):
-            stored = _stored(source, each.block, f"{each.module}.{name}")
-            if stored is None or not touches(each, name):
-                continue
-            before = found.get(stored.name, stored)
-            with safe_open(before.file, framework="pt") as file:
-                value = folded(file.get_tensor(stored.name), each, maps[each.tensor], name)
-            target = folder / f"{number}-{name}"
-            save_file({stored.name: value}, target)
-            found[stored.name] = read_file(target).tensors[0]
+    for number, (each, name) in enumerate(_changes(plan)):
+        stored = _stored(source, each.block, f"{each.module}.{name}")
+        if stored is None:
+            continue
+        before = found.get(stored.name, stored)
+        with safe_open(before.file, framework="pt") as file:
+            value = folded(file.get_tensor(stored.name), each, maps[each.tensor], name)
+        target = folder / str(number)
+        save_file({stored.name: value}, target)
+        found[stored.name] = read_file(target).tensors[0]
     return found
+
+
+def _changes(plan: PruningPlan) -> list[tuple[Fold, str]]:
+    """Maps in their order, each with what it changes of its module."""
+    return [(each, name) for each in plan.folds.entries for name in ("weight", "bias") if touches(each, name)]
 
 
 def _stored(source: Source, block: int, name: str) -> StoredTensor | None:

@@ -70,6 +70,13 @@ class Folds:
     def __bool__(self) -> bool:
         return bool(self.entries)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file beside the plan; 0 as long as it is not there."""
+        if self.held is not None:
+            return sum(tensor.nbytes for tensor in self.held.values())
+        return self.file.stat().st_size if self.file is not None and self.file.is_file() else 0
+
     def of_block(self, block: int) -> tuple[Fold, ...]:
         """The maps that go into a block."""
         return tuple(each for each in self.entries if each.block == block)

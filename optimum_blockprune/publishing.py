@@ -304,7 +304,8 @@ class Publishing(Measuring):
         removed = num_to_remove(self.model, self.config.recipe) if plan is None else plan.num_removed
         blocks = find_blocks(self.model, self.config.stack if plan is None else plan.stack).blocks
         sizes = sorted(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
-        return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :])
+        maps = 0 if plan is None else plan.folds.num_bytes
+        return size_of(self.model)["size_bytes"] - sum(sizes[len(sizes) - removed :]) + maps
 
     @staticmethod
     def _checked_hub_arguments(save_directory: str | Path, push_to_hub: bool, hub: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_blockprune import BlockPruner, BlockPruningConfig, PruningPlan
 from optimum_blockprune.batches import Batch
-from optimum_blockprune.errors import CalibrationError, ConfigurationError, PlanError, UnsupportedModelError
+from optimum_blockprune.errors import (
+    CalibrationError,
+    ConfigurationError,
+    OutputError,
+    PlanError,
+    UnsupportedModelError,
+)
 from optimum_blockprune.folding import Prepared, fold_into
 from optimum_blockprune.folds import CHANGE, DIAGONAL, KINDS, MATRIX, Fold, Folds, digest_of
 from optimum_blockprune.half import Half
@@ -221,6 +228,24 @@ def test_the_statistics_must_lie_beside_the_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.folds").write_bytes(b"no tensors")
     with pytest.raises(PlanError, match="not the file of this plan"):
         PruningPlan.from_file(tmp_path / "plan.json").apply(model)
+
+
+def test_room_for_the_statistics_is_asked_for_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    plan = forced(model, "llama", (2,), MATRIX)
+    result = plan.apply_to_checkpoint(tmp_path / "dense", tmp_path / "pruned")
+    weights = sum(each.nbytes for each in AutoModelForCausalLM.from_pretrained(result).parameters())
+    usage = type("Usage", (), {"free": weights + 100})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="GB free"):
+        plan.apply_to_checkpoint(tmp_path / "dense", tmp_path / "again")
+    with pytest.raises(OutputError, match="GB free"):
+        BlockPruner(model, None).check_save(tmp_path / "again", plan=plan)
+    assert not (tmp_path / "again").exists()
+    usage.free = 2 * weights
+    BlockPruner(model, None).check_save(tmp_path / "again", plan=plan)
+    plan.apply_to_checkpoint(tmp_path / "dense", tmp_path / "again")
 
 
 @pytest.mark.parametrize(
