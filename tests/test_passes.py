@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from families import block_list, random_ids
+from tiers import often
 from torch import Tensor
 from toys import toy_folder
 from transformers import PreTrainedModel
@@ -180,8 +182,13 @@ def breadth_first(
         yield (key, candidate), head_losses(runner, batch, reached)
 
 
-@LOADS
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("load", "family"),
+    often(
+        product((streamed, offloaded), ("llama", "gpt2", "gemma2")),
+        kept=lambda case: case[0] is streamed or case[1] == "llama",
+    ),
+)
 @pytest.mark.parametrize(
     ("removed", "wanted"),
     [([], [1, 2, 3, 4, None]), ([2, 4], [0, 1, 3, 5]), ([5, 0], [1, 4, None]), ([], [None]), ([1, 2, 3, 5], [0, 4])],

@@ -264,6 +264,7 @@ def test_a_plan_survives_kills_at_many_moments(
     assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "undisturbed.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_command_of_its_own_survives_a_kill(dense: Path, data: Path, tmp_path: Path) -> None:
     """Nothing is forked here: the command as a shell starts it, killed once something has been measured."""
     words = [sys.executable, "-m", "optimum_blockprune.run", *flags(dense, data, "sleb", budget=4), tmp_path / "out"]

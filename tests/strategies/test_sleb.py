@@ -347,6 +347,7 @@ def test_a_race_is_decided_by_its_seed(gaps: tuple[PreTrainedModel, CalibrationW
     assert first.removed_blocks == other.removed_blocks
 
 
+@pytest.mark.slow
 def test_a_shorter_race_is_the_beginning_of_a_longer_one(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
     model, windows = gaps
     long, short = (search(model, windows, count, "race", batch_size=8)[0] for count in (4, 2))
@@ -355,6 +356,7 @@ def test_a_shorter_race_is_the_beginning_of_a_longer_one(gaps: tuple[PreTrainedM
     assert long.scores == short.scores
 
 
+@pytest.mark.slow
 def test_more_confidence_drops_later(gaps: tuple[PreTrainedModel, CalibrationWindows]) -> None:
     model, windows = gaps
     costs = []
