@@ -299,6 +299,20 @@ def _divergence(model: PreTrainedModel, plan: PruningPlan) -> float:
     return (dense.exp() * (dense - pruned)).sum(-1).mean().item()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_of_half_precision_keeps_it_and_gains_as_much(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_model(family).to(dtype).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    pruner = BlockPruner(dense, config("1.mlp,2.attention", "ridge"))
+    pruner.prune(save_dir=tmp_path / "pruned")
+    figures = pruner.plan.details["compensation"]
+    assert figures["kl_after"] < 0.7 * figures["kl_before"]
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), random_ids()
+    assert {value.dtype for value in loaded.state_dict().values()} == {dtype}
+    assert torch.equal(plain_logits(loaded, ids), plain_logits(pruner.model, ids))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])
 def test_no_choice_is_worse_than_none_for_its_judges(family: str) -> None:
     blocks = "2" if family in WHOLE_ONLY else "1.mlp,2.attention"
