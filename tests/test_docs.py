@@ -179,6 +179,18 @@ def test_the_tables_of_quality_are_those_of_the_benchmark() -> None:
         assert {line for line in lines if re.search(r"\([+-]\d+%\)", line)} <= set(known)
 
 
+def test_the_table_of_pairs_is_that_of_the_benchmark() -> None:
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "pairs.py",
+        "--show",
+        ROOT / "benchmarks" / "results" / "pairs.json",
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(printed.splitlines()) >= 8
+    assert f"```\n{printed}```" in (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+
+
 def test_quoted_figures_of_width_are_those_of_the_benchmark() -> None:
     result, page = json.loads(WIDTH.read_text()), (ROOT / "docs" / "width.md").read_text(encoding="utf-8")
     lines = [line.split() for line in page.splitlines()]
