@@ -75,18 +75,37 @@ def _mean(rows: Rows, text: str) -> float:
 
 
 def asked(report: Mapping[str, Any]) -> Iterator[str]:
-    """Benchmark tasks and repetition of the rows that have them."""
-    rows = [row for row in report["rows"] if "tasks" in row]
-    if rows:
+    """Benchmark tasks and repetition of the rows that have them, means over seeds.
+
+    All seeds are asked the same questions, so that the error is that of one seed.
+    """
+    groups: dict[tuple[int, str, str], list[Mapping[str, Any]]] = {}
+    for row in sorted(report["rows"], key=lambda row: (row["count"], row["choice"])):
+        if "tasks" in row:
+            groups.setdefault((row["count"], row["choice"], row["compensation"]), []).append(row)
+    if groups:
         yield ""
-    for row in sorted(rows, key=lambda row: (row["count"], row["choice"])):
-        tasks, value = row["tasks"], f"{row['count']} blocks, {_name(row['choice'], row['compensation'])}"
-        choice = [task for name, task in tasks.items() if name != "lambada"]
-        mean = sum(task["value"] for task in choice) / len(choice)
-        error = sum(task["stderr"] ** 2 for task in choice) ** 0.5 / len(choice)
-        told = " ".join(f"{name} {task['value']:.3f}" for name, task in tasks.items())
-        repeats = " ".join(f"{share:.2f}" for share in row["repetition"].values())
-        yield f"{value}: mean {mean:.3f} +- {error:.3f}; {told}; repeated 4-grams {repeats}"
+    for (count, choice, compensation), rows in groups.items():
+        tasks = {name: sum(row["tasks"][name]["value"] for row in rows) / len(rows) for name in rows[0]["tasks"]}
+        chosen = [name for name in tasks if name != "lambada"]
+        mean = sum(tasks[name] for name in chosen) / len(chosen)
+        error = sum(_error([row["tasks"][name] for name in chosen]) for row in rows) / len(rows)
+        told = " ".join(f"{name} {value:.3f}" for name, value in tasks.items())
+        repeats = " ".join(f"{sum(shares) / len(rows):.2f}" for shares in zip(*map(_repeats, rows), strict=True))
+        seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
+        yield (
+            f"{count} blocks, {_name(choice, compensation)}{seeds}: mean {mean:.3f} +- {error:.3f}; {told}; "
+            f"repeated 4-grams {repeats}"
+        )
+
+
+def _error(tasks: Sequence[Mapping[str, Any]]) -> float:
+    """The standard error of the mean over tasks."""
+    return sum(task["stderr"] ** 2 for task in tasks) ** 0.5 / len(tasks)
+
+
+def _repeats(row: Mapping[str, Any]) -> Sequence[float]:
+    return list(row["repetition"].values())
 
 
 if __name__ == "__main__":

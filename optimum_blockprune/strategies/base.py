@@ -145,7 +145,8 @@ class SearchContext:
             found = make()
             if ledger is not None and self.team.is_first:
                 ledger.write(key, found)
-                ledger.forget(measurements)
+        if ledger is not None and self.team.is_first:
+            ledger.forget(measurements)  # also those that a run which was killed just now left
         return found
 
     def batches(self, size: int, windows: CalibrationWindows | None = None) -> Iterator[tuple[int, Batch]]:
