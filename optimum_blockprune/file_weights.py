@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the tensors of a model lie in its safetensors files, and how one of them is read.
 
-Files are read, not mapped into memory: a limit on memory of whatever kind (`ulimit -v`, a cgroup) sees what is read
-and nothing else. Names in files may lack what the model's class puts before them, or have more of it; whatever else
-differs (tensors that are joined, split or renamed while loading) is not looked for.
+Files are read, not mapped into memory: a limit on memory sees what is read and nothing else. Names in files may lack
+what the model's class puts before them, or have more of it; whatever else differs (tensors that are joined, split or
+renamed while loading) is not looked for.
 """
 
 from __future__ import annotations

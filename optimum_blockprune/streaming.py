@@ -3,7 +3,8 @@
 
 What is in memory: everything outside the blocks (embeddings, head, norms), and the block that runs. The model is
 built empty, the rest is read tensor by tensor, and accelerate's hooks fetch the blocks from the files. Files are read,
-not mapped into memory, so that a limit on memory of whatever kind (`ulimit -v`, a cgroup) sees one block.
+not mapped into memory, so that a limit on memory (a cgroup) sees one block. Address space is no measure of it:
+`init_empty_weights` allocates every parameter for a moment, untouched, and the heap may keep the addresses.
 
 Some checkpoints cannot be read like that, because transformers turns their tensors into others while it loads them
 (experts that are fused, modules kept in fp32). It then loads such a model itself, with the blocks on "disk": what it

@@ -29,7 +29,7 @@ from optimum_blockprune.streaming import source_of
 from optimum_blockprune.tensors import read_weights
 
 
-LIMITED = Path(__file__).parent / "limited_memory.py"
+RESIDENT = Path(__file__).parent / "resident_memory.py"
 
 
 @pytest.fixture
@@ -262,19 +262,23 @@ def test_every_dtype_is_read_as_it_is(tmp_path: Path) -> None:
     assert weights["scalar"].item() == 3.5
 
 
-# Limits from outside
+# Memory, seen from outside
 
 
-def limited(folder: Path, *, stream: bool, megabytes: int) -> subprocess.CompletedProcess[str]:
-    """Makes plans in a process that may take so much address space beyond what an idle one has."""
-    command = [sys.executable, str(LIMITED), str(folder), str(int(stream)), str(megabytes)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def planned(folder: Path, *, stream: bool) -> dict[str, Any]:
+    """What plans of a process of their own remove, and the resident memory that it took beyond what an idle one has.
+
+    Address space would say less: what a model without weights once had stays reserved now and then, never touched.
+    """
+    command = [sys.executable, str(RESIDENT), str(folder), str(int(stream))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs limits on address space")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_plans_in_a_third_of_the_memory(tmp_path: Path) -> None:
-    """300 MB of weights: with 110 MB of address space only the streamed model is measured, and plans agree."""
     dense = tiny_model(
         "llama", 40, hidden_size=512, intermediate_size=1100, num_attention_heads=8, num_key_value_heads=4
     )
@@ -283,9 +287,7 @@ def test_plans_in_a_third_of_the_memory(tmp_path: Path) -> None:
     word_tokenizer().save_pretrained(tmp_path)
     del dense
     assert size > 300 * 2**20
-    free = limited(tmp_path, stream=False, megabytes=10**5)
-    short, streamed = (limited(tmp_path, stream=stream, megabytes=110) for stream in (False, True))
-    assert free.returncode == 0, free.stderr
-    assert short.returncode != 0
-    assert streamed.returncode == 0, streamed.stderr
-    assert json.loads(streamed.stdout) == json.loads(free.stdout)
+    plain, streamed = (planned(tmp_path, stream=stream) for stream in (False, True))
+    assert plain["removed"] == streamed["removed"]
+    # Measured: 398 to 403 and 36 to 52 MiB, of 378 of weights.
+    assert streamed["bytes"] < size / 3 < size <= plain["bytes"]

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes plans under a limit on address space: `limited_memory.py FOLDER STREAM MEGABYTES`; prints removed blocks."""
+"""Makes plans: `resident_memory.py FOLDER STREAM`; prints the removed blocks and the memory that this took at most."""
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,18 +31,21 @@ def plans(folder: Path, stream: bool, **fields: Any) -> list[list[int]]:
     return [list(pruner.make_plan(config(**{**each, **fields})).removed_blocks) for each in SETTINGS]
 
 
-def address_space() -> int:
-    """Bytes that the process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def resident(name: str) -> int:
+    """Bytes of memory that the process has now (`VmRSS`), or had at most (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def main() -> None:
     """See the module docstring."""
-    folder, stream, megabytes = Path(sys.argv[1]), sys.argv[2] == "1", int(sys.argv[3])
+    folder, stream = Path(sys.argv[1]), sys.argv[2] == "1"
     with TemporaryDirectory() as place:  # whatever is imported on the way counts for nothing
         plans(toy_folder(Path(place)), stream, protect_first=None)
-    resource.setrlimit(resource.RLIMIT_AS, (address_space() + megabytes * 2**20,) * 2)
-    sys.stdout.write(json.dumps(plans(folder, stream)))
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
+    before = resident("VmRSS")
+    removed = plans(folder, stream)
+    sys.stdout.write(json.dumps({"removed": removed, "bytes": resident("VmHWM") - before}))
 
 
 main()
