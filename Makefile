@@ -22,15 +22,15 @@ $(INSTALLED): setup.cfg pyproject.toml
 demo: venv
 	$(BIN)/python benchmarks/demo.py
 
-# One thread for each of two processes: tiny models gain nothing from more threads. Neighbours stay together, so that
-# what a file prepares for all of its tests is prepared once.
+# One thread for each of two processes: tiny models gain nothing from more threads, and two cores have no more.
+# Neighbours stay together, so that what a file prepares for all of its tests is prepared once.
 TWO := -n 2 --dist worksteal
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO)
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow $(TWO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TWO)
 
 # The lower end of the supported range. torch stays at the version with a CPU wheel: 2.4 would bring CUDA.
 $(MIN_INSTALLED): setup.cfg tests/minimum.txt
