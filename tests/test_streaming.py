@@ -290,4 +290,4 @@ def test_plans_in_a_third_of_the_memory(tmp_path: Path) -> None:
     plain, streamed = (planned(tmp_path, stream=stream) for stream in (False, True))
     assert plain["removed"] == streamed["removed"]
     # Measured: 398 to 403 and 36 to 52 MiB, of 378 of weights.
-    assert streamed["bytes"] < size / 3 < size <= plain["bytes"]
+    assert streamed["bytes"] < 110 * 2**20 < size <= plain["bytes"]
