@@ -56,9 +56,9 @@ def main() -> None:
     runner = BlockRunner(pruner.model)
     spec = WindowSpec(num_samples=args.windows, seqlen=args.seqlen)
     windows = with_teacher(runner, build_windows(text, pruner.tokenizer, spec), args.batch_size)
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), runner.counters.block_forwards
     losses = _measured(runner, windows, range(1, runner.num_blocks - 1), args.batch_size)
-    seconds = {"pairs": time.perf_counter() - begin}
+    costs = {"pairs": _cost(begin, runner.counters.block_forwards - before)}
     rows: list[dict[str, Any]] = []
     for count in args.counts:
         for choice, order in (("singles", 1), ("pairs", 2)):
@@ -67,7 +67,7 @@ def main() -> None:
         for choice, swaps in (("greedy", 0), ("exchanges", 2)):
             begin = time.perf_counter()
             plan = pruner.make_plan(_search(text, count, swaps, args))
-            seconds[f"{choice} {count}"] = time.perf_counter() - begin
+            costs[f"{choice} {count}"] = _cost(begin, pruner.report.block_forwards)
             if plan.calibration["fingerprint"] != windows.fingerprint:
                 raise SystemExit("The searches read other windows than the pairs.")
             rows.append({"count": count, "choice": choice, "removed": list(plan.removed_blocks)})
@@ -81,13 +81,17 @@ def main() -> None:
         "versions": versions(),
         "calibration": {"text": Path(text).name, "windows": args.windows, "seqlen": args.seqlen},
         "test": {"texts": list(texts), "windows": args.test_windows, "seqlen": args.seqlen},
-        "seconds": seconds,
+        "costs": costs,
         "losses": {" ".join(map(str, blocks)): loss for blocks, loss in losses.items()},
         "rows": rows,
     }
     sys.stdout.write(table(report))
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _cost(begin: float, block_forwards: int) -> dict[str, float]:
+    return {"seconds": time.perf_counter() - begin, "block_forwards": block_forwards}
 
 
 def _search(text: str, count: int, swaps: int, args: argparse.Namespace) -> BlockPruningConfig:
@@ -116,12 +120,9 @@ def _measured(
         for place, batch in enumerate(windows.batches(batch_size)):
             for block, losses in branches.losses(batch, (place, 0), gone, wanted):
                 sums[block] += losses.sum().item()
-        found |= {(*gone, block): total / _predictions(windows) for block, total in sums.items()}
+        # The first token of a window is not predicted.
+        found |= {(*gone, block): total / (windows.num_tokens - windows.num_windows) for block, total in sums.items()}
     return found
-
-
-def _predictions(windows: CalibrationWindows) -> int:
-    return windows.input_ids.shape[0] * (windows.input_ids.shape[1] - 1)
 
 
 def _least(losses: dict[Blocks, float], count: int, order: int) -> tuple[Blocks, float]:
@@ -181,8 +182,11 @@ def table(report: dict[str, Any]) -> str:
         lines.append((str(row["count"]), row["choice"], f"{row['kl']:.3f}", model, *figures, removed))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-    seconds = ", ".join(f"{name} {value:,.0f}" for name, value in report["seconds"].items())
-    return "\n".join([*rows, f"seconds: {seconds}", ""])
+    costs = [
+        f"{name}: {cost['block_forwards']:,} block-forwards, {cost['seconds']:,.0f} s"
+        for name, cost in report["costs"].items()
+    ]
+    return "\n".join([*rows, "", *costs, ""])
 
 
 def _arguments() -> argparse.Namespace:
